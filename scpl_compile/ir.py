@@ -1,0 +1,347 @@
+"""What passes between the parts of the compiler: frozen values without torch in them.
+
+::
+
+    TensorMeta ─┐
+    NodeCost    ├─▶ Crossing ─▶ Cut ─┐
+    LocalLoss ──┴─▶ Stage ───────────┴─▶ Plan ─▶ plan.json
+
+Every value has a JSON form (`to_json`) that reads back to an equal value (`from_json`), and the
+digest of a Plan is the sha256 of its canonical JSON. Times are microseconds (`_us`), sizes bytes.
+"""
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, TypeVar
+
+from scpl_compile.errors import ProgramError
+
+__all__ = [
+    "Crossing",
+    "Cut",
+    "InputSpec",
+    "LocalLoss",
+    "ModelSource",
+    "NodeCost",
+    "Plan",
+    "Scalar",
+    "Stage",
+    "TensorMeta",
+    "dtype_nbytes",
+    "from_json",
+    "to_json",
+]
+
+Scalar = bool | int | float | str
+"""What an option may be: JSON's scalars."""
+
+_DTYPE_NBYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+def dtype_nbytes(dtype: str) -> int:
+    """Bytes of one element of `dtype` ("float32", "int64", …)."""
+    if dtype not in _DTYPE_NBYTES:
+        raise ProgramError(f"dtype {dtype!r} is not one of {', '.join(_DTYPE_NBYTES)}")
+    return _DTYPE_NBYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMeta:
+    """Shape and dtype of a tensor, whether a gradient flows into it, and its batch dimension.
+
+    `batch_dim` was found by comparing two batch sizes; None means that no single dimension
+    grows with the batch (a constant, or windows and samples merged into one dimension).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+    batch_dim: int | None
+
+    def __post_init__(self) -> None:
+        dtype_nbytes(self.dtype)
+        if self.batch_dim is not None and not 0 <= self.batch_dim < len(self.shape):
+            raise ProgramError(f"batch_dim {self.batch_dim} is not a dimension of {self.shape}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor at the example batch size."""
+        return prod(self.shape) * dtype_nbytes(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """One input of the model without its batch dimension, as in `ids:int64:128<30000`.
+
+    `high` bounds integer inputs (ids are drawn from 0 … high - 1).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    high: int | None = None
+
+    def __post_init__(self) -> None:
+        dtype_nbytes(self.dtype)
+        if not self.name.isidentifier():
+            raise ProgramError(f"input name {self.name!r} is not an identifier")
+
+    def __str__(self) -> str:
+        bound = "" if self.high is None else f"<{self.high}"
+        return f"{self.name}:{self.dtype}:{'x'.join(map(str, self.shape))}{bound}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from, so that an emitted program can build it again.
+
+    spec: as the user wrote it ("torchvision:resnet18", "net.py:build", "package.module:build").
+    path: the absolute file of a `file.py:callable`, and its sha256; None for installed packages.
+    config: keyword arguments of the constructor.
+    """
+
+    spec: str
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+    path: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """What one node of the graph costs per step at the example batch size."""
+
+    name: str
+    forward_us: float
+    backward_us: float
+    flops: int
+    bytes_moved: int
+    param_bytes: int
+    activation_bytes: int
+    source: str
+
+    @property
+    def total_us(self) -> float:
+        """Forward and backward together."""
+        return self.forward_us + self.backward_us
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """One tensor that crosses one cut.
+
+    producer: the stage that computes it (-1: a raw input of the model that a later stage reads).
+    consumers: the stages that read it. A value whose consumers lie further on is relayed by
+    every stage between.
+    alias: "" or whose storage it shares ("parameter", "buffer", "input"); such a tensor is cloned
+    when it is sent, because its owner will change it while the reader still works.
+    """
+
+    name: str
+    meta: TensorMeta
+    producer: int
+    consumers: tuple[int, ...]
+    alias: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The boundary between stage `index` and stage `index + 1`, after the graph node `after`.
+
+    detach: the gradient stops here (False for backpropagation's methods).
+    """
+
+    index: int
+    after: str
+    crossings: tuple[Crossing, ...]
+    detach: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross per step at the example batch size."""
+        return sum(crossing.meta.nbytes for crossing in self.crossings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalLoss:
+    """One loss of one stage.
+
+    name: its attribute in the emitted stage ("contrast", "classify").
+    kind: "supcon" (projection head and contrastive loss), "classifier" (a local classifier and
+    cross entropy) or "cross_entropy" (of the model's own logits).
+    reads: the tensors it reads, by the names in the stage's forward; a padding mask comes last.
+    options: of the head and the loss (see runtime/heads.py and runtime/losses.py).
+    parameters: elements of the head, and flops: of head and loss, forward, per step.
+    """
+
+    name: str
+    kind: str
+    reads: tuple[str, ...]
+    weight: float = 1.0
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+    num_parameters: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stage: the graph nodes it runs and everything that belongs to them.
+
+    nodes: targets of the nodes in order ("layer1.0" for a module, "torch.flatten" for a function).
+    parameters, buffers: names in the original model.
+    inputs, outputs: names of the tensors that its forward takes and gives.
+    cost: forward + backward + heads + losses.
+    """
+
+    index: int
+    nodes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    losses: tuple[LocalLoss, ...]
+    num_parameters: int
+    cost_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that was decided about a program; plan.json is a Plan.
+
+    edges: (from stage, to stage) pairs. placement: device of each stage. inference: the steps of
+    evaluation in order ("0F", "1F", "1X": forward of a stage, exit of a stage). untrained: the
+    parameters that the method leaves alone. opaque: (module, why it was not opened).
+    lower_bound_us: no partition of the model's leaf modules has a smaller bottleneck.
+    """
+
+    method: str
+    model: str
+    stages: tuple[Stage, ...]
+    cuts: tuple[Cut, ...]
+    edges: tuple[tuple[int, int], ...]
+    inputs: tuple[InputSpec, ...]
+    batch_size: int
+    outputs: tuple[str, ...]
+    num_classes: int
+    schedule: str
+    placement: tuple[str, ...]
+    num_microbatches: int
+    threads_per_stage: int
+    optimizer: Mapping[str, Scalar]
+    inference: tuple[str, ...]
+    untrained: tuple[str, ...]
+    frontend: str
+    opaque: tuple[tuple[str, str], ...]
+    random_stages: tuple[int, ...]
+    solver: str
+    bottleneck_us: float
+    lower_bound_us: float
+    source: ModelSource | None
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        indices = [stage.index for stage in self.stages]
+        if not indices or indices != list(range(len(indices))):
+            raise ProgramError(f"stage indices are {indices}, not 0, 1, 2 …")
+        if len(self.cuts) != len(self.stages) - 1:
+            raise ProgramError(f"{len(self.stages)} stages have {len(self.cuts)} cuts between them")
+        if len(self.placement) != len(self.stages):
+            raise ProgramError(f"{len(self.stages)} stages are placed on {len(self.placement)}")
+
+    @property
+    def num_stages(self) -> int:
+        """K."""
+        return len(self.stages)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, hexadecimal."""
+        canonical = json.dumps(to_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def to_json(value: Any) -> Any:
+    """`value` as what json.dumps takes: dataclasses become objects, tuples become arrays."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    return value
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def from_json(cls: type[T], data: Any, where: str = "") -> T:
+    """The value of dataclass `cls` that `to_json` wrote as `data`.
+
+    Raises:
+        ProgramError: a field is missing, unknown or of another type; the message has its path.
+    """
+    if not isinstance(data, Mapping):
+        raise ProgramError(f"{where or cls.__name__} must be an object, not {_brief(data)}")
+    hints = _hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - known):
+        raise ProgramError(f"{where or cls.__name__} has the unknown field {unknown[0]!r}")
+    if missing := sorted(known - set(data)):
+        raise ProgramError(f"{where or cls.__name__} lacks the field {missing[0]!r}")
+    values = {key: _read(hints[key], data[key], f"{where}.{key}".lstrip(".")) for key in data}
+    return cls(**values)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _read(hint: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(args, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise ProgramError(f"{where} must be an array, not {_brief(data)}")
+        item_hints = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
+        if len(item_hints) != len(data):
+            raise ProgramError(f"{where} must have {len(item_hints)} items, not {len(data)}")
+        pairs = enumerate(zip(item_hints, data, strict=True))
+        return tuple(_read(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in pairs)
+    if origin is Mapping:
+        if not isinstance(data, Mapping):
+            raise ProgramError(f"{where} must be an object, not {_brief(data)}")
+        return {key: _read(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if is_dataclass(hint):
+        return from_json(typing.cast(type[Any], hint), data, where)
+    if hint is float and type(data) is int:
+        return float(data)
+    if type(data) is not hint:
+        raise ProgramError(f"{where} must be {hint.__name__}, not {_brief(data)}")
+    return data
+
+
+def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in args:
+        return None
+    for arg in args:
+        if type(data) is arg:
+            return data
+    for arg in args:
+        if is_dataclass(arg):
+            return from_json(typing.cast(type[Any], arg), data, where)
+    names = " or ".join(getattr(arg, "__name__", str(arg)) for arg in args)
+    raise ProgramError(f"{where} must be {names}, not {_brief(data)}")
