@@ -6,7 +6,7 @@
     trainer = program.trainer(devices=["cpu", "cpu"], optimizer="adam", lr=1e-3)
     trainer.step(inputs, labels)
 
-The names below load on first use, so that `import scpl_compile` and `scpl --help` do not import torch.
+The names below load on first use: `import scpl_compile` and `scpl --help` import no torch.
 """
 
 from importlib import import_module

@@ -16,7 +16,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -176,18 +175,21 @@ class Cut:
 class LocalLoss:
     """One loss of one stage.
 
-    name: its attribute in the emitted stage ("contrast", "classify").
-    kind: "supcon" (projection head and contrastive loss), "classifier" (a local classifier and
-    cross entropy) or "cross_entropy" (of the model's own logits).
-    reads: the tensors it reads, by the names in the stage's forward; a padding mask comes last.
-    options: of the head and the loss (see runtime/heads.py and runtime/losses.py).
-    parameters: elements of the head, and flops: of head and loss, forward, per step.
+    name: its attribute in the emitted stage and its key among the stage's losses.
+    kind: "local" (a head of its own: contrastive term, local classifier, or both) or
+    "cross_entropy" (of the model's own logits).
+    reads: the tensors it reads, by the names in the stage's forward; `mask`: a padding mask or "".
+    in_shapes, batch_dims: of what it reads, the batch left out of the shapes.
+    options: the other arguments of the head and the loss (runtime/losses.py).
+    num_parameters: elements of the head; flops: of head and loss, forward, per step.
     """
 
     name: str
     kind: str
     reads: tuple[str, ...]
-    weight: float = 1.0
+    mask: str = ""
+    in_shapes: tuple[tuple[int, ...], ...] = ()
+    batch_dims: tuple[int, ...] = ()
     options: Mapping[str, Scalar] = field(default_factory=dict)
     num_parameters: int = 0
     flops: int = 0
@@ -200,7 +202,7 @@ class Stage:
     nodes: targets of the nodes in order ("layer1.0" for a module, "torch.flatten" for a function).
     parameters, buffers: names in the original model.
     inputs, outputs: names of the tensors that its forward takes and gives.
-    cost: forward + backward + heads + losses.
+    cost_us: forward + backward + heads + losses.
     """
 
     index: int
@@ -242,7 +244,6 @@ class Plan:
     untrained: tuple[str, ...]
     frontend: str
     opaque: tuple[tuple[str, str], ...]
-    random_stages: tuple[int, ...]
     solver: str
     bottleneck_us: float
     lower_bound_us: float
@@ -281,11 +282,6 @@ def to_json(value: Any) -> Any:
     return value
 
 
-@lru_cache(maxsize=64)
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """The value of dataclass `cls` that `to_json` wrote as `data`.
 
@@ -294,7 +290,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, Mapping):
         raise ProgramError(f"{where or cls.__name__} must be an object, not {_brief(data)}")
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - known):
         raise ProgramError(f"{where or cls.__name__} has the unknown field {unknown[0]!r}")

@@ -1,0 +1,117 @@
+"""What a method is: where gradients stop, and what each stage trains on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
+from scpl_compile.runtime.head_spec import Shapes
+from scpl_compile.runtime.loss_options import (
+    LossOptions,
+    objective_flops,
+    objective_parameters,
+)
+
+__all__ = ["Method", "StageView", "Value", "cross_entropy_loss", "local_loss"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A tensor by its name in the graph."""
+
+    name: str
+    meta: TensorMeta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageView:
+    """What a method sees of a stage, or of a candidate for one.
+
+    sends: the gradient-carrying tensors that the stage computes and the next stages read.
+    mask: a (B, T) input that is nonzero where a token is valid, or "".
+    feature, logits: of the last stage: what the model's own classifier reads (None where that is
+    not one tensor computed in the stage), and the model's output; "" elsewhere.
+    """
+
+    index: int
+    is_last: bool
+    sends: tuple[Value, ...]
+    mask: str
+    feature: Value | None
+    logits: str
+    num_classes: int
+
+
+class Method(ABC):
+    """One way to train a cut model. Subclasses: one file each beside this one.
+
+    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one.
+    """
+
+    name: ClassVar[str]
+    detach: ClassVar[bool] = True
+    schedule: ClassVar[str] = "stream"
+
+    @abstractmethod
+    def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
+        """What the stage trains on. Raises MethodError where the method cannot be applied."""
+
+    def inference(self, num_stages: int) -> tuple[str, ...]:
+        """The steps of evaluation; without exits: forward of every stage."""
+        return tuple(f"{k}F" for k in range(num_stages))
+
+
+def _layout(meta: TensorMeta) -> str:
+    """Channels last ("nhwc", Swin) where two equal sides come before another size."""
+    if len(meta.shape) != 4:
+        return "auto"
+    _, first, second, third = meta.shape
+    return "nhwc" if first == second != third else "auto"
+
+
+def _features(values: tuple[Value, ...]) -> tuple[Shapes, tuple[int, ...], str]:
+    """(shapes without batch, batch dimensions, layout) of what a local loss reads."""
+    shapes, batch_dims = [], []
+    for value in values:
+        dim = value.meta.batch_dim
+        if dim is None:
+            raise MethodError(
+                f"{value.name!r} {value.meta.shape} crosses a cut and has no batch dimension, so "
+                "no local loss can read it; cut elsewhere with --split-at"
+            )
+        shapes.append(tuple(n for i, n in enumerate(value.meta.shape) if i != dim))
+        batch_dims.append(dim)
+    layouts = {_layout(value.meta) for value in values} - {"auto"}
+    return shapes, tuple(batch_dims), layouts.pop() if len(layouts) == 1 else "auto"
+
+
+def local_loss(values: tuple[Value, ...], view: StageView, options: LossOptions) -> LocalLoss:
+    """A head of its own that reads `values`, with the arguments that build it.
+
+    Raises:
+        MethodError: the options do not fit the shapes.
+    """
+    shapes, batch_dims, layout = _features(values)
+    if options.layout == "auto" and layout != "auto":
+        options = replace(options, layout=layout)
+    batch_size = values[0].meta.shape[batch_dims[0]]
+    is_tokens = any(len(shape) == 2 for shape in shapes)
+    return LocalLoss(
+        name="local_loss",
+        kind="local",
+        reads=tuple(value.name for value in values),
+        mask=view.mask if is_tokens else "",
+        in_shapes=tuple(tuple(shape) for shape in shapes),
+        batch_dims=batch_dims,
+        options=options.arguments(shapes),
+        num_parameters=objective_parameters(options, shapes, view.num_classes),
+        flops=objective_flops(options, shapes, view.num_classes, batch_size),
+    )
+
+
+def cross_entropy_loss(view: StageView, *, stop_at: str = "") -> LocalLoss:
+    """Cross entropy of the model's own logits; the gradient stops at `stop_at` ("": nowhere)."""
+    options: Mapping[str, Scalar] = {"stop_at": stop_at} if stop_at else {}
+    return LocalLoss(name="classifier", kind="cross_entropy", reads=(view.logits,), options=options)

@@ -1,0 +1,234 @@
+"""From a captured graph with a stage for every node to a Plan, as a method says."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from scpl_compile.capture import Capture
+from scpl_compile.errors import MethodError, context
+from scpl_compile.ir import Cut, InputSpec, LocalLoss, ModelSource, Plan, Scalar, Stage
+from scpl_compile.methods.base import Method, StageView, Value
+from scpl_compile.methods.flow import Flow, find_flow, meta_of
+
+__all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "stage_paths"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFacts:
+    """What a Plan records and this module does not decide."""
+
+    model: str
+    num_classes: int
+    placement: tuple[str, ...]
+    threads_per_stage: int
+    optimizer: Mapping[str, Scalar]
+    solver: str
+    stage_us: tuple[float, ...]
+    lower_bound_us: float
+    opaque: tuple[tuple[str, str], ...]
+    source: ModelSource | None
+    versions: Mapping[str, str]
+
+
+def find_mask(inputs: Iterable[InputSpec]) -> str:
+    """The model's (B, T) input that is nonzero where a token is valid, by its name; "" if none."""
+    for spec in inputs:
+        if "mask" in spec.name and len(spec.shape) == 1 and "padding" not in spec.name:
+            return spec.name
+    return ""
+
+
+def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> StageView:
+    """The view of a stage that would end where the tensors `names` cross."""
+    by_name = {node.name: node for node in capture.graph.nodes}
+    return StageView(
+        index=0,
+        is_last=False,
+        sends=_gradient_values(by_name[name] for name in names),
+        mask=find_mask(capture.inputs),
+        feature=None,
+        logits="",
+        num_classes=num_classes,
+    )
+
+
+def _gradient_values(nodes: Iterable[fx.Node]) -> tuple[Value, ...]:
+    metas = ((node.name, meta_of(node)) for node in nodes if node.op != "placeholder")
+    return tuple(
+        Value(name=name, meta=meta)
+        for name, meta in metas
+        if meta is not None and meta.requires_grad
+    )
+
+
+def build_plan(
+    capture: Capture, stage_of: Mapping[str, int], method: Method, facts: PlanFacts
+) -> Plan:
+    """The Plan of `method` for this assignment of nodes to stages.
+
+    Raises:
+        MethodError: the method cannot be applied; the message names the stage.
+    """
+    nodes = {node.name: node for node in capture.graph.nodes}
+    num_stages = 1 + max(stage_of.values())
+    losses: list[tuple[LocalLoss, ...]] = []
+    flow = find_flow(capture, stage_of, {})
+    for k in range(num_stages):
+        with context(f"stage {k}"):
+            losses.append(method.losses(_view(k, flow, nodes, capture, facts.num_classes)))
+    masks: dict[str, set[int]] = {}
+    for k, items in enumerate(losses):
+        for loss in items:
+            if loss.mask:
+                masks.setdefault(loss.mask, set()).add(k)
+    flow = find_flow(capture, stage_of, masks)
+    stages = tuple(
+        _stage(k, flow, capture, losses[k], facts.stage_us[k]) for k in range(num_stages)
+    )
+    return Plan(
+        method=method.name,
+        model=facts.model,
+        stages=stages,
+        cuts=tuple(
+            Cut(
+                index=i,
+                after=_last_node(stage_of, i),
+                crossings=flow.crossings[i],
+                detach=method.detach,
+            )
+            for i in range(num_stages - 1)
+        ),
+        edges=tuple((i, i + 1) for i in range(num_stages - 1)),
+        inputs=capture.inputs,
+        batch_size=capture.batch_size,
+        outputs=(flow.output,),
+        num_classes=facts.num_classes,
+        schedule=method.schedule,
+        placement=facts.placement,
+        num_microbatches=1,
+        threads_per_stage=facts.threads_per_stage,
+        optimizer=facts.optimizer,
+        inference=method.inference(num_stages),
+        untrained=(),
+        frontend=capture.frontend,
+        opaque=facts.opaque,
+        solver=facts.solver,
+        bottleneck_us=max(facts.stage_us),
+        lower_bound_us=facts.lower_bound_us,
+        source=facts.source,
+        versions=facts.versions,
+    )
+
+
+def _last_node(stage_of: Mapping[str, int], stage: int) -> str:
+    return [name for name, k in stage_of.items() if k == stage][-1]
+
+
+def _view(
+    k: int, flow: Flow, nodes: Mapping[str, fx.Node], capture: Capture, num_classes: int
+) -> StageView:
+    is_last = k == flow.num_stages - 1
+    own = (name for name in flow.sent(k) if flow.stage_of.get(name) == k)
+    sends = _gradient_values(nodes[name] for name in own)
+    if not is_last and not sends:
+        raise MethodError(
+            "no tensor that carries a gradient leaves it, so nothing could train it; "
+            "use fewer stages or other cuts (--split-at)"
+        )
+    return StageView(
+        index=k,
+        is_last=is_last,
+        sends=sends,
+        mask=find_mask(capture.inputs),
+        feature=_feature(k, flow, nodes, capture.model) if is_last else None,
+        logits=flow.output if is_last else "",
+        num_classes=num_classes,
+    )
+
+
+def _feature(k: int, flow: Flow, nodes: Mapping[str, fx.Node], model: nn.Module) -> Value | None:
+    """What the model's classifier (the last node with parameters) reads, if stage k computes it.
+
+    The classifier alone must lie between that value and the output, else stopping the gradient
+    there would leave other modules untrained.
+    """
+    own = [node for name, node in nodes.items() if flow.stage_of.get(name) == k]
+    with_parameters = [node for node in own if _owns_parameters(node, model)]
+    if not with_parameters:
+        return None
+    sources = [
+        source
+        for source in with_parameters[-1].all_input_nodes
+        if source.op != "get_attr" and (meta := meta_of(source)) and meta.requires_grad
+    ]
+    if len(sources) != 1 or flow.stage_of.get(sources[0].name) != k:
+        return None
+    if len(with_parameters) == 1 or len(sources[0].users) != 1:
+        return None
+    return _gradient_values(sources)[0]
+
+
+def _owns_parameters(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return any(True for _ in model.get_submodule(str(node.target)).parameters())
+    return any(source.op == "get_attr" for source in node.all_input_nodes)
+
+
+def _stage(
+    k: int, flow: Flow, capture: Capture, losses: tuple[LocalLoss, ...], cost_us: float
+) -> Stage:
+    nodes = [node for node in capture.graph.nodes if flow.stage_of.get(node.name) == k]
+    paths = stage_paths(nodes)
+    parameters = _owned(paths, capture.model.named_parameters(remove_duplicate=False))
+    owned = set(parameters)
+    sizes = (p.numel() for name, p in capture.model.named_parameters() if name in owned)
+    names = [spec.name for spec in capture.inputs]
+    outputs = list(flow.sent(k))
+    for name in [*(read for loss in losses for read in loss.reads), *_last_output(k, flow)]:
+        if name not in outputs:
+            outputs.append(name)
+    return Stage(
+        index=k,
+        nodes=tuple(_label(node) for node in nodes),
+        parameters=parameters,
+        buffers=_owned(paths, capture.model.named_buffers(remove_duplicate=False)),
+        inputs=flow.inputs(k, tuple(names)),
+        outputs=tuple(outputs),
+        losses=losses,
+        num_parameters=sum(sizes),
+        cost_us=cost_us,
+    )
+
+
+def _last_output(k: int, flow: Flow) -> tuple[str, ...]:
+    return (flow.output,) if k == flow.num_stages - 1 else ()
+
+
+def stage_paths(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The modules, parameters and buffers of the model that these nodes use, in order."""
+    paths: dict[str, None] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            paths[str(node.target)] = None
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                paths[str(source.target)] = None
+    return tuple(paths)
+
+
+def _owned(paths: tuple[str, ...], named: Iterable[tuple[str, object]]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, _ in named
+        if any(name == path or name.startswith(f"{path}.") or not path for path in paths)
+    )
+
+
+def _label(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target) or "model"
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    module = getattr(node.target, "__module__", "") or ""
+    return f"{module}.{getattr(node.target, '__name__', node.target)}".removeprefix("_operator.")

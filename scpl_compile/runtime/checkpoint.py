@@ -1,0 +1,157 @@
+"""Checkpoints: one safetensors file per stage, and a manifest that makes the set complete.
+
+::
+
+    RUN/step-00000050/stage-0.safetensors   parameters, both kinds of buffers, optimizer,
+                      stage-1.safetensors   random state
+                      manifest.json         step, plan, sha256 of each file; written last
+
+A set without a manifest does not exist; a file whose sha256 differs is refused. Nothing is
+unpickled: numbers that are no tensors lie as JSON in the header of their safetensors file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scpl_compile.errors import ProgramError
+
+__all__ = [
+    "complete",
+    "latest",
+    "load_stage",
+    "load_tensors",
+    "read_manifest",
+    "save_stage",
+    "save_tensors",
+    "step_directory",
+]
+
+_KEPT = 2
+"""Complete checkpoints that stay; older ones are removed when a newer one is complete."""
+
+
+def step_directory(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return run / f"step-{step:08d}"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` to `path` in one act: a reader sees the old file or the new one.
+
+    A tensor that occurs under several names is written once; the metadata's "aliases" (JSON) maps
+    the other names to it.
+    """
+    seen: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, str] = {}
+    unique: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        tensor = value.detach().cpu()
+        key = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        contiguous = tensor.contiguous()
+        shares = contiguous.untyped_storage().nbytes() != contiguous.nbytes
+        unique[name] = contiguous.clone() if shares else contiguous
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(unique, temporary, metadata={**metadata, "aliases": json.dumps(aliases)})
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that `save_tensors` or any other tool wrote.
+
+    Raises:
+        ProgramError: the file is missing, torn, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ProgramError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ProgramError(f"{path} is damaged: {error}") from error
+    aliases = json.loads(metadata.pop("aliases", "{}"))
+    for name, original in aliases.items():
+        if original not in tensors:
+            raise ProgramError(
+                f"{path} is damaged: {name!r} stands for {original!r}, which is not there"
+            )
+        tensors[name] = tensors[original]
+    return tensors, metadata
+
+
+def save_stage(
+    directory: Path, stage: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Write one stage's state into the checkpoint `directory`."""
+    path = directory / f"stage-{stage}.safetensors"
+    save_tensors(path, tensors, {"values": json.dumps(values)})
+
+
+def load_stage(directory: Path, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_stage` wrote."""
+    tensors, metadata = load_tensors(directory / f"stage-{stage}.safetensors")
+    return tensors, json.loads(metadata["values"])
+
+
+def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None:
+    """Write the manifest: from now on the checkpoint exists. Removes those that are too old.
+
+    facts: what a resuming run compares: step, plan (digest), and so on.
+    """
+    names = [f"stage-{stage}.safetensors" for stage in range(num_stages)]
+    manifest = {**facts, "files": {name: _sha256(directory / name) for name in names}}
+    temporary = directory / ".manifest.part"
+    temporary.write_text(json.dumps(manifest, indent=2))
+    os.replace(temporary, directory / "manifest.json")
+    for old in _complete_directories(directory.parent)[:-_KEPT]:
+        shutil.rmtree(old)
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run directory."""
+    directories = _complete_directories(run)
+    return directories[-1] if directories else None
+
+
+def _complete_directories(run: Path) -> list[Path]:
+    return sorted(path.parent for path in run.glob("step-*/manifest.json"))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, after every file's sha256 was compared.
+
+    Raises:
+        ProgramError: a file is missing or differs from what was written.
+    """
+    path = directory / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProgramError(f"{path} is damaged; remove {directory} to resume earlier") from error
+    for name, expected in files.items():
+        file = directory / Path(name).name
+        if not file.is_file():
+            raise ProgramError(f"{file} is missing; remove {directory} to resume earlier")
+        if _sha256(file) != expected:
+            raise ProgramError(f"{file} is damaged (sha256); remove {directory} to resume earlier")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,186 @@
+"""The engine of one process: a long-lived worker thread per stage that executes its actions.
+
+::
+
+    trainer.step ──▶ inbox 0 ──▶ worker 0 ──SEND──▶ inbox 1 ──▶ worker 1 ──▶ …
+                                    │                             │
+                                 F B U                         F B U
+
+The threads and streams are made once; a step makes none. What differs between the schedules is the
+list of actions and its gates (actions.py), not the code here.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scpl_compile.actions import Action, gates, stage_actions
+from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.board import Board, Message, Stopped
+from scpl_compile.runtime.stage_step import StageStep
+
+__all__ = ["Engine", "Event", "StageState"]
+
+StageState = tuple[dict[str, Tensor], dict[str, Any]]
+"""What StageStep.state gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One executed action: when it began and ended on the host (time.perf_counter_ns)."""
+
+    action: Action
+    start_ns: int
+    end_ns: int
+
+
+class Engine:
+    """Runs the stages of one process side by side.
+
+    threads_per_stage: intra-op threads of every worker, the same in every schedule: sums of floats
+    depend on it. actions: the endless list of each stage; given by tests that plant faults.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageStep],
+        *,
+        schedule: str,
+        threads_per_stage: int,
+        first_step: int = 0,
+        depth: int = 2,
+        record_events: bool = False,
+        actions: Sequence[Iterator[Action]] | None = None,
+    ) -> None:
+        self.stages = tuple(stages)
+        self.num_steps = first_step
+        self.events: list[Event] = []
+        self._schedule = schedule
+        self._threads_per_stage = threads_per_stage
+        self._record_events = record_events
+        self._board = Board(len(self.stages), depth, first_step)
+        lists = actions or [
+            stage_actions(schedule, k, len(self.stages), first_step=first_step)
+            for k in range(len(self.stages))
+        ]
+        self._threads = [
+            threading.Thread(target=self._work, args=(step, todo), name=f"stage-{step.index}")
+            for step, todo in zip(self.stages, lists, strict=True)
+        ]
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+
+    def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
+        """Give the batch of the next step to stage 0; waits while its inbox is full.
+
+        Raises:
+            TrainingError: a stage has failed; its exception is the cause.
+        """
+        with self._telling_failures():
+            self._board.send(0, Message(self.num_steps, values, labels, None))
+        self.num_steps += 1
+
+    def drain(self) -> None:
+        """Wait until every stage has finished every submitted step."""
+        with self._telling_failures():
+            self._board.drain(self.num_steps)
+        for stage in self.stages:
+            stage.lane.synchronize()
+
+    def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
+        """Call `deliver(stage, state)` with each stage's state after the last submitted step.
+
+        Nothing is drained: a stage that is still at work copies its own state between its U(t) and
+        F(t+1). One that has finished waits for a batch that nobody has submitted yet, so its state
+        is still, and is copied here.
+        """
+
+        def serve(stage: int) -> None:
+            deliver(stage, self.stages[stage].state())
+
+        with self._telling_failures():
+            for stage in self._board.request_after(self.num_steps - 1, serve):
+                serve(stage)
+
+    def check(self) -> None:
+        """Raises TrainingError if a stage has failed."""
+        if self._board.failure:
+            with self._telling_failures():
+                raise Stopped
+
+    def close(self) -> None:
+        """Stop the workers; steps that were not drained are lost."""
+        self._board.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _telling_failures(self) -> "_TellFailures":
+        return _TellFailures(self._board)
+
+    def _work(self, stage: StageStep, actions: Iterator[Action]) -> None:
+        torch.set_num_threads(self._threads_per_stage)
+        try:
+            with stage.lane.scope():
+                for action in actions:
+                    start = time.perf_counter_ns()
+                    self._execute(stage, action)
+                    if self._record_events:
+                        self.events.append(Event(action, start, time.perf_counter_ns()))
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._board.fail(stage.index, error)
+
+    def _execute(self, stage: StageStep, action: Action) -> None:
+        board, k, step = self._board, stage.index, action.step
+        match action.kind:
+            case "RECV":
+                message = board.receive(k)
+                assert message.labels is not None
+                stage.receive(message.step, message.values, message.labels, message.mark)
+            case "F":
+                board.pass_gates(gates(self._schedule, action, len(self.stages)))
+                stage.forward(step)
+            case "SEND":
+                values, labels, mark = stage.outgoing(step)
+                board.send(k + 1, Message(step, values, labels, mark))
+            case "RECV_B":
+                message = board.receive_gradients(k)
+                stage.take_gradients(step, message.values, message.mark)
+            case "B":
+                stage.backward(step)
+            case "SEND_B":
+                gradients, mark = stage.input_gradients(step)
+                board.send_gradients(k - 1, Message(step, gradients, None, mark))
+            case "U":
+                stage.update(step)
+                while (request := board.finish(k, step)) is not None:
+                    request()
+
+
+class _TellFailures:
+    """Turns a stopped wait of the caller into the failing stage's error."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Stopped):
+            return
+        failure = self._board.failure
+        if failure is None:
+            raise TrainingError("the trainer is closed; build a new one") from None
+        stage, cause = failure
+        raise TrainingError(
+            f"stage {stage} failed: {type(cause).__name__}: {cause}; all stages are stopped"
+        ) from cause

@@ -1,0 +1,87 @@
+"""A stage's device and, on CUDA, its own stream there; on CPU the same calls do nothing."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from scpl_compile.errors import MethodError
+
+__all__ = ["Lane", "Mark", "resolve_devices"]
+
+Mark = torch.cuda.Event | None
+"""The point in the sender's stream after which its tensors are there; None on CPU."""
+
+
+class Lane:
+    """Where one stage runs.
+
+    Two stages on one GPU have two streams, so their kernels may overlap. A tensor that is handed
+    over carries a Mark: the receiver's stream waits for it (the host does not), and the caching
+    allocator is told that a second stream reads the tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Everything inside is launched on this lane's stream."""
+        if self.stream is None:
+            yield
+        else:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                yield
+
+    def mark(self) -> Mark:
+        """The present end of this lane's stream."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def receive(self, values: Mapping[str, Tensor], mark: Mark) -> dict[str, Tensor]:
+        """The tensors of a sender on this lane's device, safe to read on this lane's stream."""
+        if self.stream is not None and mark is not None:
+            self.stream.wait_event(mark)
+        received = {}
+        for name, value in values.items():
+            if self.stream is not None and value.is_cuda:
+                value.record_stream(self.stream)
+            received[name] = value.to(self.device, non_blocking=True)
+        return received
+
+    def synchronize(self) -> None:
+        """The host waits for everything launched on this lane."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+def resolve_devices(names: tuple[str, ...], num_stages: int) -> tuple[torch.device, ...]:
+    """The device of each stage: consecutive stages share a device where there are fewer devices.
+
+    Example: 4 stages on ("cuda:0", "cuda:1") give 0, 0, 1, 1: one hop between GPUs, not three.
+
+    Raises:
+        MethodError: more devices than stages, an unknown device, or a GPU that is not there.
+    """
+    if not 0 < len(names) <= num_stages:
+        raise MethodError(
+            f"{len(names)} devices for {num_stages} stages; name at most one device per stage"
+        )
+    devices = []
+    for name in names:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise MethodError(f"{name!r} is no device; write cpu, cuda:0, …") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise MethodError(
+                f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are visible); "
+                "run with --devices cpu, or on the machine that it was planned for"
+            )
+        devices.append(device)
+    return tuple(devices[k * len(devices) // num_stages] for k in range(num_stages))

@@ -1,0 +1,105 @@
+"""What a stage trains on: a contrastive term and a local classifier over one trunk."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import Scalar
+from scpl_compile.kernels import supcon_loss
+from scpl_compile.runtime.head_spec import Shapes
+from scpl_compile.runtime.heads import Projection, Trunk
+from scpl_compile.runtime.loss_options import LossOptions
+
+__all__ = ["LocalLoss", "cross_entropy"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of (B, num_classes) logits and (B,) int64 labels, in float32 at least."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(_wide(logits), labels)
+
+
+class LocalLoss(nn.Module):
+    """The local loss of one stage, with the head that it needs.
+
+    ::
+
+        features ─▶ Trunk ─┬─▶ projection ─▶ supervised contrastive loss ─▶ "contrast"
+                           └─▶ classifier ─▶ cross entropy ───────────────▶ "cross_entropy"
+
+    A term of weight 0 is not built: contrast alone is SCPL as released, cross entropy alone is
+    the local classifier of Early Exit. Parameters are drawn from torch's default generator.
+
+    in_shapes, batch_dims: see `heads.Trunk`. options: see `LossOptions`.
+
+    Example::
+
+        self.local_loss = LocalLoss(
+            num_classes=10, in_shapes=((128, 8, 8),), head="conv", channels=64, hidden=256
+        )
+        losses = self.local_loss(layer2, labels=labels)
+
+    Raises:
+        MethodError: an option or a shape does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_shapes: Shapes,
+        batch_dims: Sequence[int] = (),
+        **options: Scalar,
+    ) -> None:
+        super().__init__()
+        spec = LossOptions.from_options(options).resolve(in_shapes)
+        self.options = spec
+        self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
+        width, hidden = self.trunk.out_features, spec.hidden
+        self.projection: Projection | None = None
+        self.classifier: Projection | None = None
+        if spec.contrast:
+            self.projection = Projection(spec.projection, width, hidden=hidden, out=spec.out)
+        if spec.cross_entropy:
+            self.classifier = Projection(spec.classifier, width, hidden=hidden, out=num_classes)
+
+    def forward(
+        self, *features: Tensor, labels: Tensor, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The terms by name ("contrast", "cross_entropy"), each a scalar times its weight.
+
+        features: one tensor per shape, batch size B, any floating dtype. labels: (B,) int64.
+        mask: see `heads.Trunk`. Their sum is the stage's loss. The terms are computed in float32
+        at least, also under autocast.
+        """
+        pooled = self.trunk(*features, mask=mask)
+        options = self.options
+        terms = {}
+        if self.projection is not None:
+            z = self.projection(pooled)
+            with torch.autocast(z.device.type, enabled=False):
+                terms["contrast"] = options.contrast * supcon_loss(
+                    _wide(z), labels, temperature=options.temperature, divisor=options.divisor
+                )
+        if self.classifier is not None:
+            logits = self.classifier(pooled)
+            terms["cross_entropy"] = options.cross_entropy * cross_entropy(logits, labels)
+        return terms
+
+    def logits(self, *features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, num_classes) of the local classifier: the stage's exit.
+
+        Raises:
+            MethodError: cross_entropy is 0, so there is no classifier.
+        """
+        if self.classifier is None:
+            raise MethodError("this local loss has no classifier; set cross_entropy above 0")
+        logits: Tensor = self.classifier(self.trunk(*features, mask=mask))
+        return logits
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,233 @@
+"""One stage's share of a step: forward, backward, update. Every engine runs exactly this."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.lane import Lane, Mark
+from scpl_compile.runtime.randomness import StageRandom
+from scpl_compile.runtime.stage import as_tuple
+
+__all__ = ["StageStep"]
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What a stage keeps of a step between F and U."""
+
+    values: dict[str, Tensor]
+    labels: Tensor
+    sent: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+class StageStep:
+    """F, B and U of one stage, with its optimizer, random stream and device.
+
+    inputs: names of the tensors that the stage's forward takes; sends: names of those that cross
+    to the next stage, in the order in which `training_step` gives them. detach is False where
+    gradients cross the cuts. draws, recomputes: whether F, and B too (activation checkpointing),
+    draw randomness.
+
+    The host never waits for the device here: losses stay where they are until `take_losses`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        *,
+        inputs: tuple[str, ...],
+        sends: tuple[str, ...],
+        lane: Lane,
+        optimizer: torch.optim.Optimizer | None,
+        learning_rate: Callable[[int], float],
+        random: StageRandom,
+        detach: bool,
+        draws: bool = True,
+        recomputes: bool = True,
+    ) -> None:
+        self.index = index
+        self.module = module
+        self._training_step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+        self.inputs = inputs
+        self.sends = sends
+        self.lane = lane
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.random = random
+        self.detach = detach
+        self.draws = draws
+        self.recomputes = recomputes
+        self._in_flight: dict[int, _InFlight] = {}
+        self._finished: list[tuple[int, dict[str, Tensor]]] = []
+        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=lane.device)
+
+    def receive(self, step: int, values: Mapping[str, Tensor], labels: Tensor, mark: Mark) -> None:
+        """RECV: take the tensors of `step` to this stage's device.
+
+        Labels are (B,), the first tensor has B or, with several views of each sample, a multiple of
+        B samples: then the labels are repeated here, on the device.
+        """
+        received = self.lane.receive({name: value.detach() for name, value in values.items()}, mark)
+        labels = self.lane.receive({"labels": labels}, None)["labels"]
+        if self.index == 0:
+            num_samples = received[self.inputs[0]].shape[0]
+            if num_samples != labels.shape[0]:
+                labels = labels.repeat(num_samples // labels.shape[0])
+        if not self.detach:
+            for name, value in values.items():
+                received[name].requires_grad_(value.requires_grad)
+        self._in_flight[step] = _InFlight(received, labels)
+
+    def forward(self, step: int) -> None:
+        """F: outputs for the next stage and the local losses of this one."""
+        flight = self._flight(step)
+        arguments = [flight.values[name] for name in self.inputs]
+        with self.random.drawing() if self.draws else nullcontext():
+            sent, losses = self._training_step(*arguments, labels=flight.labels)
+        flight.sent = dict(zip(self.sends, as_tuple(sent), strict=True))
+        flight.losses = losses
+        if losses:
+            total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
+            is_first = (self._first_bad_step < 0) & ~torch.isfinite(total)
+            self._first_bad_step = torch.where(is_first, step, self._first_bad_step)
+
+    def outgoing(self, step: int) -> tuple[dict[str, Tensor], Tensor, Mark]:
+        """SEND: the crossing tensors, the labels, and the point from which they may be read."""
+        flight = self._flight(step)
+        return flight.sent, flight.labels, self.lane.mark()
+
+    def take_gradients(self, step: int, gradients: Mapping[str, Tensor], mark: Mark) -> None:
+        """RECV_B: the gradients of what this stage has sent."""
+        self._flight(step).gradients = self.lane.receive(gradients, mark)
+
+    def backward(self, step: int) -> None:
+        """B: backward of the local losses and, in backpropagation, of what was sent."""
+        flight = self._flight(step)
+        roots: list[Tensor] = [loss for loss in flight.losses.values() if loss.requires_grad]
+        seeds: list[Tensor | None] = [None] * len(roots)
+        for name, gradient in flight.gradients.items():
+            roots.append(flight.sent[name])
+            seeds.append(gradient)
+        if roots:
+            with self.random.drawing() if self.recomputes else nullcontext():
+                torch.autograd.backward(roots, seeds)
+
+    def input_gradients(self, step: int) -> tuple[dict[str, Tensor], Mark]:
+        """SEND_B: the gradients of the tensors that this stage received."""
+        values = self._flight(step).values
+        gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
+        return gradients, self.lane.mark()
+
+    def update(self, step: int) -> None:
+        """U: one optimizer step; the step is over for this stage."""
+        flight = self._in_flight.pop(step)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        losses = {name: loss.detach() for name, loss in flight.losses.items()}
+        self._finished.append((step, losses))
+
+    def _flight(self, step: int) -> _InFlight:
+        if step not in self._in_flight:
+            raise TrainingError(f"stage {self.index} holds no batch of step {step}")
+        return self._in_flight[step]
+
+    def take_losses(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, losses) of the steps finished since the last call. Waits for the device.
+
+        Raises:
+            TrainingError: a loss is not finite; names this stage and the first such step.
+        """
+        count = len(self._finished)
+        finished, self._finished[:count] = self._finished[:count], []
+        scalars = [loss.float().reshape(()) for _, losses in finished for loss in losses.values()]
+        with self.lane.scope():
+            numbers: Iterable[float] = torch.stack(scalars).tolist() if scalars else ()
+        values = iter(numbers)
+        rows = [(step, {name: next(values) for name in losses}) for step, losses in finished]
+        self.check_finite()
+        return rows
+
+    def check_finite(self) -> None:
+        """Raises TrainingError if a loss was not finite. Waits for the device."""
+        with self.lane.scope():
+            bad = int(self._first_bad_step)
+        if bad >= 0:
+            raise TrainingError(
+                f"stage {self.index}: the loss is not finite since step {bad}; lower --lr, raise "
+                "the temperature, or look at the inputs of that step"
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON values): all that a later run needs to go on exactly from here."""
+        with self.lane.scope():
+            tensors = {f"module.{name}": value for name, value in _all_state(self.module)}
+            values: dict[str, Any] = {}
+            if self.optimizer is not None:
+                for key, entry in self.optimizer.state_dict()["state"].items():
+                    for name, value in entry.items():
+                        if isinstance(value, Tensor):
+                            tensors[f"optimizer.{key}.{name}"] = value
+                        else:
+                            values[f"optimizer.{key}.{name}"] = value
+            random_tensors, values["random"] = self.random.state()
+            tensors |= {f"random.{name}": value for name, value in random_tensors.items()}
+            copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+            return {name: value.contiguous() for name, value in copies.items()}, values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            TrainingError: the tensors are not those of this stage.
+        """
+        own = dict(_all_state(self.module))
+        stored = {
+            n.removeprefix("module."): v for n, v in tensors.items() if n.startswith("module.")
+        }
+        if own.keys() != stored.keys():
+            odd = sorted(own.keys() ^ stored.keys())[0]
+            raise TrainingError(
+                f"stage {self.index}: the checkpoint and the stage differ in {odd!r}"
+            )
+        with torch.no_grad(), self.lane.scope():
+            for name, value in stored.items():
+                if own[name].shape != value.shape:
+                    raise TrainingError(
+                        f"stage {self.index}: {name!r} is {tuple(value.shape)} in the checkpoint "
+                        f"and {tuple(own[name].shape)} in the stage"
+                    )
+                own[name].copy_(value)
+            self._load_optimizer(tensors, values)
+        random_tensors = {
+            n.removeprefix("random."): v for n, v in tensors.items() if n.startswith("random.")
+        }
+        self.random.load_state(random_tensors, values["random"])
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        if self.optimizer is None:
+            return
+        state: dict[int, dict[str, Any]] = {}
+        for source in (tensors, values):
+            for path, value in source.items():
+                if path.startswith("optimizer."):
+                    _, key, name = path.split(".", 2)
+                    state.setdefault(int(key), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _all_state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers of both kinds (persistent and not), each shared tensor once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -1,0 +1,129 @@
+"""The options of a local loss are checked, and its cost is known before it is built."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from scpl_compile.errors import MethodError
+from scpl_compile.runtime.head_spec import HeadSpec, head_parameters
+from scpl_compile.runtime.loss_options import (
+    PAPER,
+    LossOptions,
+    objective_flops,
+    objective_parameters,
+)
+from scpl_compile.runtime.losses import LocalLoss
+
+WEIGHTS = st.sampled_from(((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0, 1)))
+OPTIONS = st.fixed_dictionaries(
+    {"hidden": st.integers(1, 5), "out": st.integers(1, 5)},
+    optional={
+        "head": st.sampled_from(("auto", "identity", "linear", "mlp", "mlp-bn")),
+        "classifier": st.sampled_from(("linear", "mlp", "mlp-bn")),
+        "pooling": st.sampled_from(("none", "avg:2", "gap")),
+        "layout": st.sampled_from(("nchw", "nhwc")),
+        "channels": st.integers(0, 3),
+        "channel_limit": st.integers(1, 5),
+        "temperature": st.sampled_from((0.07, 0.5)),
+        "divisor": st.sampled_from(("scpl", "khosla")),
+    },
+)
+IN_SHAPES = st.sampled_from(
+    (((3, 5, 4),), ((2, 7),), ((6,),), ((4, 5, 5), (2, 3)), ((2, 5, 5), (3, 5, 5)), ((5, 1, 1),))
+)
+
+
+def built(options, in_shapes):
+    torch.manual_seed(0)
+    return LocalLoss(num_classes=3, in_shapes=in_shapes, **options)
+
+
+@settings(deadline=None, max_examples=100)
+@given(OPTIONS, WEIGHTS, IN_SHAPES)
+def test_cost_is_predicted_exactly(options, weights, in_shapes):
+    options = {**options, "contrast": weights[0], "cross_entropy": weights[1]}
+    loss = built(options, in_shapes)
+    with FlopCounterMode(display=False) as counter:
+        pooled = loss.trunk(*(torch.randn(4, *shape) for shape in in_shapes))
+        z = loss.projection(pooled) if loss.projection else pooled[:, :0]
+        if loss.classifier:
+            loss.classifier(pooled)
+    spec = LossOptions.from_options(options)
+    flops = counter.get_total_flops() + 2 * 4 * 4 * z.shape[1]
+    assert objective_flops(spec, in_shapes, 3, batch_size=4) == flops
+    parameters = sum(p.numel() for p in loss.parameters())
+    assert objective_parameters(spec, in_shapes, num_classes=3) == parameters
+
+
+@settings(deadline=None, max_examples=100)
+@given(OPTIONS, WEIGHTS, IN_SHAPES)
+def test_arguments_build_the_same_loss(options, weights, in_shapes):
+    options = {**options, "contrast": weights[0], "cross_entropy": weights[1]}
+    arguments = LossOptions.from_options(options).arguments(in_shapes)
+    assert "auto" not in arguments.values() or len(in_shapes) > 1 or in_shapes == ((6,),)
+    first, second = built(options, in_shapes), built(json.loads(json.dumps(arguments)), in_shapes)
+    assert first.state_dict().keys() == second.state_dict().keys()
+    features = [torch.randn(4, *shape) for shape in in_shapes]
+    labels = torch.tensor([0, 0, 1, 2])
+    for name, value in first(*features, labels=labels).items():
+        assert torch.equal(value, second(*features, labels=labels)[name])
+
+
+def test_arguments_show_only_what_has_an_effect():
+    assert LossOptions().arguments(((64, 32, 32),)) == {
+        "head": "conv",
+        "hidden": 256,
+        "out": 128,
+        "pooling": "avg:4",
+        "channels": 128,
+        "stride": 2,
+        "temperature": 0.1,
+        "divisor": "scpl",
+        "contrast": 1.0,
+        "cross_entropy": 1.0,
+    }
+    early_exit = LossOptions(head="mlp", contrast=0.0, classifier="mlp", hidden=512)
+    assert early_exit.arguments(((16, 300),)) == {
+        "head": "identity",
+        "hidden": 512,
+        "pooling": "mean",
+        "contrast": 0.0,
+        "cross_entropy": 1.0,
+        "classifier": "mlp",
+    }
+
+
+def test_paper_is_the_contrastive_loss_alone_on_the_released_head():
+    vision, text = (LossOptions.from_options(PAPER[kind]) for kind in ("vision", "text"))
+    head = HeadSpec(head="mlp", hidden=512, out=1024, pooling="none")
+    in_shapes = ((256, 16, 16),)
+    assert objective_parameters(vision, in_shapes, 10) == head_parameters(head, in_shapes)
+    assert objective_parameters(text, ((60, 300),), 2) == 0
+    for options in (vision, text):
+        assert (options.temperature, options.divisor) == (0.1, "scpl")
+        assert (options.contrast, options.cross_entropy) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatur": 1.0}, "option 'temperatur' is unknown; did you mean temperature"),
+        ({"temperature": 0.0}, "option temperature is 0.0; it must be a number above 0"),
+        ({"temperature": float("nan")}, "option temperature is nan"),
+        ({"divisor": "mean"}, "option divisor is 'mean'; it must be one of scpl, khosla"),
+        ({"contrast": -1.0}, "option contrast is -1.0; it must be a weight of 0 or more"),
+        ({"cross_entropy": float("inf")}, "option cross_entropy is inf"),
+        ({"contrast": 0, "cross_entropy": 0}, "contrast and cross_entropy are both 0"),
+        ({"classifier": "conv"}, "option classifier is 'conv'; it must be one of linear, mlp"),
+        ({"hidden": 0, "classifier": "mlp"}, "option hidden is 0; .* for classifier mlp"),
+        ({"head": "cnn"}, "option head is 'cnn'"),
+        ({"contrast": "1"}, "option contrast is '1'; it must be of type float"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    with pytest.raises(MethodError, match=message):
+        LossOptions.from_options(options)
