@@ -72,8 +72,6 @@ def chunk_size(batch: int, device_type: str) -> int:
 
 
 class _ChunkedSupCon(torch.autograd.Function):
-    # Autocast has no say here: matrix products with out= and in-place ones are exempt from it.
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -98,9 +96,7 @@ class _ChunkedSupCon(torch.autograd.Function):
         # For the mean, c_j = c_i within a class: its backward needs no classes.
         saved = () if reduction == "mean" else classes
         ctx.options = temperature, chunk, bounded, len(saved), features.dtype
-        ctx.save_for_backward(
-            x, scale, is_unit, positives, weight, others, rows, *saved, *blocks
-        )
+        ctx.save_for_backward(x, scale, is_unit, positives, weight, others, rows, *saved, *blocks)
         return losses.sum() if reduction == "mean" else losses
 
     @staticmethod
@@ -153,7 +149,7 @@ class _Classes(NamedTuple):
 
 def _classes(labels: Tensor) -> tuple[_Classes, Tensor]:
     """The classes, and for each anchor the size of its own."""
-    ordered, order = labels.sort(stable=True)
+    ordered, order = labels.long().sort(stable=True)
     first = torch.searchsorted(ordered, ordered)
     end = torch.searchsorted(ordered, ordered, right=True)
     place = torch.arange(len(labels), device=labels.device)
@@ -230,8 +226,9 @@ def _pairs(num_blocks: int) -> list[tuple[int, int]]:
 
 
 def _block(x_i: Tensor, x_j: Tensor, is_diagonal: bool, bounded: bool) -> Tensor:
-    """E when bounded, else s, of one pair of blocks; on the diagonal an anchor leaves itself out."""
-    block = x_i.mm(x_j.t())
+    """E when bounded, else s, of two blocks; where they are one, each anchor leaves itself out."""
+    block = x_i.new_empty(len(x_i), len(x_j))
+    torch.mm(x_i, x_j.t(), out=block)  # out= because autocast leaves that form alone
     if bounded:
         block.exp_()
     if is_diagonal:

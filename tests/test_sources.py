@@ -180,7 +180,9 @@ def test_weights_are_loaded_by_name(net_file, tmp_path):
     path = tmp_path / "net.safetensors"
     save_file(saved.state_dict(), path)
     loaded, _ = load_model(f"{net_file}:Net", weights=path)
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True)
+    )
 
 
 class Tied(nn.Module):

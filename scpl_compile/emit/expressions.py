@@ -155,16 +155,23 @@ def _index(value: Any, imports: Imports, variable: Callable[[fx.Node], str]) -> 
 
 
 def statement(
-    node: fx.Node, imports: Imports, variable: Callable[[fx.Node], str], *, indent: int
+    node: fx.Node,
+    imports: Imports,
+    variable: Callable[[fx.Node], str],
+    *,
+    indent: int,
+    target: str,
 ) -> list[str]:
     """The lines that run `node`: `target = expression`, or the expression where nobody reads it.
+
+    variable: how a node is read.
 
     Raises:
         EmitError: a function cannot be imported by name.
     """
     arguments = [constant(a, imports, variable) for a in node.args]
     keywords = [f"{k}={constant(v, imports, variable)}" for k, v in node.kwargs.items()]
-    target = f"{variable(node)} = " if node.users else ""
+    target = f"{target} = " if node.users else ""
     if node.op == "call_module":
         head = f"self{attribute_path(str(node.target))}" if node.target else "self.model"
     elif node.op == "call_method":

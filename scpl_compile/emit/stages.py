@@ -134,6 +134,8 @@ class _StageWriter:
         self.names = variable_names(n for n in capture.graph.nodes if n.op != "output")
         stops = (loss.options.get("stop_at") for loss in stage.losses)
         self.stop_at = next((str(stop) for stop in stops if stop), "")
+        if self.stop_at:
+            self.imports.name(_RUNTIME, "StopGradient")
 
     def lines(self) -> list[str]:
         """The class."""
@@ -160,6 +162,8 @@ class _StageWriter:
             if loss.kind == "local":
                 self.imports.name(_RUNTIME, "LocalLoss")
                 lines += call_text(f"self.{loss.name} = LocalLoss", self._arguments(loss), 8)
+        if self.stop_at:
+            lines.append("        self.stop = StopGradient()")
         return lines
 
     def _arguments(self, loss: LocalLoss) -> list[str]:
@@ -188,13 +192,16 @@ class _StageWriter:
                         f"        {variable} = {variable}.clone()  # written in place below"
                     )
         for node in self.nodes:
-            lines += statement(node, self.imports, self._read, indent=8)
+            lines += statement(
+                node, self.imports, self._read, indent=8, target=self.names[node.name]
+            )
         return [*lines, f"        return {', '.join(self._variables(self.stage.outputs))}"]
 
     def _read(self, node: fx.Node) -> str:
         if node.op == "get_attr":
             return f"self{attribute_path(str(node.target))}"
-        return self.names[node.name]
+        name = self.names[node.name]
+        return f"self.stop({name})" if node.name == self.stop_at else name
 
     def _training_step(self) -> list[str]:
         result = "tuple[tuple[Tensor, ...], dict[str, Tensor]]"

@@ -1,3 +1,24 @@
 """All that an emitted program imports while it trains."""
 
-__all__: list[str] = []
+from scpl_compile.runtime.loading import load_callable
+from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.options import parse_options
+from scpl_compile.runtime.program import assemble
+from scpl_compile.runtime.run import Run, launch
+from scpl_compile.runtime.stage import StopGradient, cut, take
+from scpl_compile.runtime.trainer import Evaluation, Trainer
+
+__all__ = [
+    "Evaluation",
+    "LocalLoss",
+    "Run",
+    "StopGradient",
+    "Trainer",
+    "assemble",
+    "cross_entropy",
+    "cut",
+    "launch",
+    "load_callable",
+    "parse_options",
+    "take",
+]

@@ -121,7 +121,7 @@ def _average(x: Tensor, windows: tuple[int, ...]) -> Tensor:
     if len(windows) == 2:
         return F.avg_pool2d(x, windows, ceil_mode=True)
     # avg_pool3d is on that list as well: height and width first, then time.
-    batch, channels, frames = x.shape[:3]
+    _, channels, frames = x.shape[:3]
     x = _average(x.flatten(1, 2), windows[1:]).unflatten(1, (channels, frames))
     return _average(x.flatten(3), (windows[0], 1))
 

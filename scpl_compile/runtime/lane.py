@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scpl_compile.errors import MethodError
 
-__all__ = ["Lane", "Mark", "resolve_devices"]
+__all__ = ["Lane", "Mark", "resolve_devices", "split_devices"]
 
 Mark = torch.cuda.Event | None
 """The point in the sender's stream after which its tensors are there; None on CPU."""
@@ -85,3 +85,11 @@ def resolve_devices(names: tuple[str, ...], num_stages: int) -> tuple[torch.devi
             )
         devices.append(device)
     return tuple(devices[k * len(devices) // num_stages] for k in range(num_stages))
+
+
+def split_devices(text: str, num_stages: int) -> tuple[str, ...]:
+    """The names in "cpu,cuda:0"; for "auto" one visible GPU per stage, or the CPU without any."""
+    if text != "auto":
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+    num_gpus = min(torch.cuda.device_count(), num_stages)
+    return tuple(f"cuda:{i}" for i in range(num_gpus)) or ("cpu",)

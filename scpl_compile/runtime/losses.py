@@ -18,8 +18,7 @@ __all__ = ["LocalLoss", "cross_entropy"]
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of (B, num_classes) logits and (B,) int64 labels, in float32 at least."""
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_wide(logits), labels)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
 class LocalLoss(nn.Module):
@@ -72,18 +71,19 @@ class LocalLoss(nn.Module):
         """The terms by name ("contrast", "cross_entropy"), each a scalar times its weight.
 
         features: one tensor per shape, batch size B, any floating dtype. labels: (B,) int64.
-        mask: see `heads.Trunk`. Their sum is the stage's loss. The terms are computed in float32
-        at least, also under autocast.
+        mask: see `heads.Trunk`. The sum of the terms is the stage's loss. They are computed in
+        float32 at least, also under autocast.
         """
         pooled = self.trunk(*features, mask=mask)
         options = self.options
         terms = {}
         if self.projection is not None:
-            z = self.projection(pooled)
-            with torch.autocast(z.device.type, enabled=False):
-                terms["contrast"] = options.contrast * supcon_loss(
-                    _wide(z), labels, temperature=options.temperature, divisor=options.divisor
-                )
+            terms["contrast"] = options.contrast * supcon_loss(
+                self.projection(pooled),
+                labels,
+                temperature=options.temperature,
+                divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked it
+            )
         if self.classifier is not None:
             logits = self.classifier(pooled)
             terms["cross_entropy"] = options.cross_entropy * cross_entropy(logits, labels)
@@ -99,7 +99,3 @@ class LocalLoss(nn.Module):
             raise MethodError("this local loss has no classifier; set cross_entropy above 0")
         logits: Tensor = self.classifier(self.trunk(*features, mask=mask))
         return logits
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError
 
-__all__ = ["Part", "as_tuple", "cut", "take"]
+__all__ = ["Part", "StopGradient", "as_tuple", "cut", "take"]
 
 
 class Part(nn.Module):
@@ -77,6 +77,21 @@ def cut(value: Tensor, *, clone: bool = False) -> Tensor:
     """
     crossing = value.detach().contiguous()
     return crossing.clone() if clone and crossing.data_ptr() == value.data_ptr() else crossing
+
+
+class StopGradient(nn.Module):
+    """Passes a value on and stops its gradient, within a stage.
+
+    A module, so that verify can let the gradient through (`is_open`) and compare with the model's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_open = False
+
+    def forward(self, value: Tensor) -> Tensor:
+        """`value`, detached unless `is_open`."""
+        return value if self.is_open else value.detach()
 
 
 def as_tuple(values: Tensor | tuple[Tensor, ...] | Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -97,6 +97,13 @@ def test_arguments_show_only_what_has_an_effect():
     }
 
 
+def test_arguments_leave_the_channels_open_where_the_tensors_differ_in_them():
+    in_shapes = ((2, 5, 5), (3, 5, 5))
+    arguments = LossOptions(channel_multiplier=3.0, channel_limit=8).arguments(in_shapes)
+    loss = LocalLoss(num_classes=3, in_shapes=in_shapes, **arguments)
+    assert [conv.conv.out_channels for conv in loss.trunk.convs] == [6, 8]
+
+
 def test_paper_is_the_contrastive_loss_alone_on_the_released_head():
     vision, text = (LossOptions.from_options(PAPER[kind]) for kind in ("vision", "text"))
     head = HeadSpec(head="mlp", hidden=512, out=1024, pooling="none")

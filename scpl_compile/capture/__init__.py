@@ -1,0 +1,69 @@
+"""Capture: a model becomes a graph that calls the model's own modules.
+
+`capture` traces at the grain of torch.nn modules, `cut_candidates` says where the graph may be
+cut, and when the cuts are chosen `coarsen` turns whole modules back into one call each.
+"""
+
+from torch import nn
+
+from scpl_compile.capture.captured import BATCH, Capture, ModuleCall
+from scpl_compile.capture.coarsen import coarsen
+from scpl_compile.capture.graph import (
+    CutCandidate,
+    cut_candidates,
+    node_parameters,
+    tied_groups,
+)
+from scpl_compile.capture.modes import trace
+from scpl_compile.capture.normalize import read_attributes_at_use, unpack_containers
+from scpl_compile.capture.run import run_graph
+from scpl_compile.capture.shapes import annotate
+from scpl_compile.errors import CaptureError
+from scpl_compile.ir import InputSpec
+
+__all__ = [
+    "BATCH",
+    "Capture",
+    "CutCandidate",
+    "ModuleCall",
+    "capture",
+    "coarsen",
+    "cut_candidates",
+    "node_parameters",
+    "tied_groups",
+]
+
+
+def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8) -> Capture:
+    """Trace `model` and find what every node of its graph gives.
+
+    inputs: one per parameter of forward that is fed; their names are the parameters' names.
+    batch_size: of the shapes that are reported (samples).
+    `model` and the global random states are left bit for bit as they were.
+
+    Raises:
+        CaptureError: the model's own forward cannot be traced, or fails on these inputs.
+    """
+    if batch_size < 2:
+        raise CaptureError(f"the batch size is {batch_size}: capture needs at least 2 samples")
+    traced, opaque = trace(model, inputs)
+    graph = traced.graph
+    read_attributes_at_use(graph)
+    unknown = frozenset(path for path, _ in opaque)
+    first = run_graph(model, graph, inputs, batch_size, unknown)
+    parts, size = {}, len(graph.nodes)
+    parts = unpack_containers(graph, {node: seen.value for node, seen in first.items()})
+    if len(graph.nodes) != size:
+        first = run_graph(model, graph, inputs, batch_size, unknown)
+    second = run_graph(model, graph, inputs, batch_size + 1, unknown)
+    annotate(graph, first, second, batch_size)
+    return Capture(
+        model=model,
+        graph=graph,
+        frontend="fx",
+        opaque=opaque,
+        inputs=inputs,
+        outputs=tuple(n.name for n in graph.find_nodes(op="output")[0].all_input_nodes),
+        batch_size=batch_size,
+        calls=with_parts(traced.calls, parts),
+    )

@@ -1,0 +1,166 @@
+"""Where a captured graph may be cut, what crosses there, and what must stay together."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import nn
+from torch.fx import Node
+
+from scpl_compile.capture.captured import Capture
+
+__all__ = ["CutCandidate", "cut_candidates", "node_parameters", "tied_groups"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutCandidate:
+    """The boundary after one node, in the order of execution.
+
+    index: of that node in `compute_nodes`; after: its name.
+    crossing: names of the tensors made at or before it that are used after it, in the order they
+    were made. inputs: names of the model's inputs that are read after it.
+    reason: why there can be no cut here, "" if there can.
+    """
+
+    index: int
+    after: str
+    crossing: tuple[str, ...]
+    inputs: tuple[str, ...]
+    reason: str
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a cut may be here."""
+        return not self.reason
+
+
+def cut_candidates(capture: Capture) -> list[CutCandidate]:
+    """One candidate per boundary between two compute nodes, in one sweep over the graph.
+
+    A cut is refused where something other than a tensor would cross (a shape that any stage can
+    compute again does not count), where a gradient-carrying tensor has no batch dimension or is a
+    parameter, where no gradient-carrying tensor crosses (the nodes before could not be trained),
+    and where two crossing tensors share memory that is written later.
+    """
+    nodes = capture.compute_nodes
+    last_use = _last_uses(capture)
+    writes = _writes(capture)
+    live = [n for n in last_use if n.op == "placeholder"]
+    candidates = []
+    for index, node in enumerate(nodes[:-1]):
+        live = [n for n in (*live, node) if last_use.get(n, -1) > index]
+        crossing = [n for n in live if n.op != "placeholder" and "recipe" not in n.meta]
+        inputs = [n for n in live if n.op == "placeholder"]
+        candidates.append(
+            CutCandidate(
+                index=index,
+                after=node.name,
+                crossing=tuple(n.name for n in crossing),
+                inputs=tuple(n.name for n in inputs),
+                reason=_refusal(index, crossing, inputs, writes),
+            )
+        )
+    return candidates
+
+
+def tied_groups(capture: Capture) -> dict[str, str]:
+    """Nodes that must be in one stage, because they share parameters or buffers that are written.
+
+    Gives node name -> name of the first tensor that its group shares. Nodes that share nothing are
+    absent.
+    """
+    holders: dict[str, list[str]] = defaultdict(list)
+    for held in (node_parameters(capture), _node_buffers(capture)):
+        for node, names in held.items():
+            for name in names:
+                holders[name].append(node)
+    links = nx.Graph()
+    for name, nodes in holders.items():
+        links.add_edges_from(((node, nodes[0]) for node in nodes[1:]), shared=name)
+    groups = {}
+    for members in nx.connected_components(links):
+        order = [n.name for n in capture.compute_nodes if n.name in members]
+        shared = [name for name, nodes in holders.items() if len(nodes) > 1 and nodes[0] in members]
+        groups |= dict.fromkeys(order, shared[0])
+    return groups
+
+
+def node_parameters(capture: Capture) -> dict[str, tuple[str, ...]]:
+    """Names of the parameters that each compute node uses (a tied one by its first name)."""
+    names = {id(p): name for name, p in capture.model.named_parameters()}
+    return {
+        node.name: tuple(dict.fromkeys(names[id(p)] for p in _parameters(capture.model, node)))
+        for node in capture.compute_nodes
+    }
+
+
+def _parameters(model: nn.Module, node: Node) -> Iterator[nn.Parameter]:
+    if node.op == "call_module":
+        yield from model.get_submodule(node.target).parameters()
+    for source in node.all_input_nodes:
+        if source.op == "get_attr" and source.meta["alias"] == "parameter":
+            yield model.get_parameter(source.target)
+
+
+def _node_buffers(capture: Capture) -> dict[str, tuple[str, ...]]:
+    """Names of the buffers that must have one owner: of modules, and those written by nodes."""
+    names = {id(b): name for name, b in capture.model.named_buffers()}
+    written = _writes(capture)
+    held = {}
+    for node in capture.compute_nodes:
+        read = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        held[node.name] = tuple(n.target for n in read if n.meta["alias"] == "buffer" and n.meta["base"] in written)
+        if node.op == "call_module":
+            module = capture.model.get_submodule(node.target)
+            held[node.name] += tuple(names[id(b)] for b in module.buffers())
+    return held
+
+
+def _last_uses(capture: Capture) -> dict[Node, int]:
+    """Index of the last compute node that uses each value; the number of nodes for outputs."""
+    last: dict[Node, int] = {}
+    users = [*capture.compute_nodes, *capture.graph.find_nodes(op="output")]
+    for index, user in enumerate(users):
+        last |= dict.fromkeys(user.all_input_nodes, index)
+    return {node: index for node, index in last.items() if node.op != "get_attr"}
+
+
+def _writes(capture: Capture) -> dict[str, tuple[int, ...]]:
+    """For each piece of memory (by `base`): indices of the nodes that write it in place."""
+    bases = {n.name: n.meta["base"] for n in capture.graph.nodes if n.op != "output"}
+    writes: dict[str, list[int]] = defaultdict(list)
+    for index, node in enumerate(capture.compute_nodes):
+        for name in node.meta["mutates"]:
+            writes[bases[name]].append(index)
+    return {base: tuple(indices) for base, indices in writes.items()}
+
+
+def _refusal(
+    index: int, crossing: list[Node], inputs: list[Node], writes: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Why there can be no cut after node `index`, or ""."""
+    trained = False
+    for node in crossing:
+        meta = node.meta["tensor"]
+        if meta is None:
+            return f"{node.name} is not a tensor"
+        if not meta.requires_grad:
+            continue
+        if node.meta["alias"] == "parameter":
+            return f"{node.name} is a parameter"
+        if meta.batch_dim is None:
+            return f"{node.name} has no batch dimension: {'x'.join(map(str, meta.shape))}"
+        trained = True
+    if not trained:
+        return "no tensor with a gradient crosses"
+    for node in inputs:
+        if writes.get(node.name, (index + 1,))[0] <= index:
+            return f"{node.name} is read again after it was written in place"
+    owner: dict[str, str] = {}
+    for node in (*crossing, *inputs):
+        base = node.meta["base"]
+        if base in owner and writes.get(base, (0,))[-1] > index:
+            return f"{owner[base]} and {node.name} share memory that is written later"
+        owner[base] = node.name
+    return ""

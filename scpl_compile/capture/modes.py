@@ -1,0 +1,128 @@
+"""Tracing a model in train() and eval() until both give one graph.
+
+Functional code that reads `self.training` (F.dropout(training=self.training), `if self.training:`)
+would be frozen as it was while tracing. Where the two graphs differ, the innermost opened module
+whose own code made the difference is kept whole.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from scpl_compile.capture.state import preserved
+from scpl_compile.capture.tracer import Trace, trace_mode
+from scpl_compile.errors import CaptureError
+from scpl_compile.ir import InputSpec
+
+__all__ = ["trace"]
+
+_READS_TRAINING = "depends on self.training"
+_PURE_METHODS = frozenset({"size", "dim", "numel", "__getitem__"})
+
+Scope = tuple[str, ...]
+
+
+def trace(
+    model: nn.Module,
+    inputs: tuple[InputSpec, ...],
+    is_leaf: Callable[[str, nn.Module], bool] = lambda path, module: False,
+) -> tuple[Trace, tuple[tuple[str, str], ...]]:
+    """Trace `model`; give the graph of its nodes and the modules kept whole, with the reasons.
+
+    inputs: by names of forward's parameters; the others keep their defaults.
+    is_leaf: says which modules are to be called whole besides those of torch.nn.
+    The model is left bit for bit as it was, and so are the random states.
+
+    Raises:
+        CaptureError: the model's own forward cannot be traced, or the inputs do not fit it.
+    """
+    opaque: dict[str, str] = {}
+    with preserved(model):
+        while True:
+            known = len(opaque)
+            training = trace_mode(model, inputs, is_leaf, opaque, training=True)
+            if len(opaque) > known:
+                continue
+            evaluation = trace_mode(model, inputs, is_leaf, opaque, training=False)
+            if len(opaque) == known:
+                differing = _differing_modules(training, evaluation)
+                if not differing:
+                    break
+                opaque |= dict.fromkeys(differing, _READS_TRAINING)
+    _remove_dead_nodes(training.graph)
+    called = {node.target for node in training.graph.nodes if node.op == "call_module"}
+    return training, tuple((path, why) for path, why in opaque.items() if path in called)
+
+
+def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
+    """Paths of the modules whose own code differs between the traces; empty if none does."""
+    own_training, own_evaluation = _own_code(training.graph), _own_code(evaluation.graph)
+    scopes = {
+        scope
+        for scope in own_training.keys() & own_evaluation.keys()
+        if own_training[scope] != own_evaluation[scope]
+    } or _differing_wiring(training.graph, evaluation.graph)
+    if () in scopes:
+        raise CaptureError(
+            "the forward of the model itself depends on self.training: move that code into a "
+            "submodule, which is then kept whole"
+        )
+    return {training.calls[scope[-1]].path for scope in scopes}
+
+
+def _own_code(graph: Graph) -> dict[Scope, list[Any]]:
+    """What each module call does itself: its nodes without their inputs, and its inner calls."""
+    own: dict[Scope, list[Any]] = defaultdict(list)
+    for node in graph.nodes:
+        scope: Scope = node.meta["scope"]
+        for depth in range(len(scope)):
+            inner = ("call", scope[depth])
+            if inner not in own[scope[:depth]]:
+                own[scope[:depth]].append(inner)
+        arguments = map_arg((node.args, node.kwargs), lambda _: "node")
+        own[scope].append((node.op, node.target, repr(arguments)))
+    return own
+
+
+def _differing_wiring(training: Graph, evaluation: Graph) -> set[Scope]:
+    """The scope of the first node whose inputs come from other nodes in the other graph.
+
+    Where both inputs were made inside one module (`return a if self.training else b`), it is that
+    module's scope.
+    """
+    place = {n: i for graph in (training, evaluation) for i, n in enumerate(graph.nodes)}
+    for one, other in zip(training.nodes, evaluation.nodes, strict=True):
+        for a, b in zip(one.all_input_nodes, other.all_input_nodes, strict=False):
+            if place[a] != place[b]:
+                common = _common(a.meta["scope"], b.meta["scope"])
+                return {max(common, _common(common, one.meta["scope"]), key=len)}
+    return set()
+
+
+def _common(a: Scope, b: Scope) -> Scope:
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return a[:length] if length is not None else min(a, b, key=len)
+
+
+def _remove_dead_nodes(graph: Graph) -> None:
+    """Remove reads of attributes and shapes that nothing uses."""
+    for node in reversed(graph.nodes):
+        if not node.users and _is_pure(node):
+            graph.erase_node(node)
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _PURE_METHODS
+    module = getattr(node.target, "__module__", "")
+    name = getattr(node.target, "__name__", "")
+    in_operator = module == "_operator" and not name.startswith(("i", "set", "del"))
+    return (
+        node.op == "get_attr"
+        or node.target is getattr
+        or (node.op == "call_function" and (in_operator or name == "is_"))
+    )

@@ -1,0 +1,176 @@
+"""The state that running a model's Python code can change, and putting it back.
+
+Covers every module's attributes (one level into lists, dicts and sets: parameters, buffers,
+submodules, hooks and training flags live in such dicts), the values of buffers, and the random
+states of Python, numpy and torch.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["ModelState", "RandomState", "preserved"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomState:
+    """The global random states of Python, numpy and torch (CPU)."""
+
+    python: Any
+    numpy: Any
+    torch: bytes
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """The states as they are."""
+        name, keys, *rest = np.random.get_state(legacy=True)
+        tensor = torch.get_rng_state()
+        return cls(
+            python=random.getstate(),
+            numpy=(name, bytes(np.asarray(keys).data), *rest),
+            torch=bytes(tensor.numpy().data),
+        )
+
+    def restore(self) -> None:
+        """Put the states back."""
+        random.setstate(self.python)
+        name, keys, *rest = self.numpy
+        np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(torch.frombuffer(bytearray(self.torch), dtype=torch.uint8))
+
+
+@dataclass(slots=True)
+class _Attributes:
+    """One module's attributes, with shallow copies of the containers among them."""
+
+    module: nn.Module
+    values: dict[str, Any]
+    copies: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Attributes":
+        values = dict(module.__dict__)
+        copies = {
+            name: value.copy()
+            for name, value in values.items()
+            if isinstance(value, (dict, list, set, deque))
+        }
+        return cls(module, values, copies)
+
+    def changed(self) -> str:
+        """The first attribute that differs, or ""."""
+        now = self.module.__dict__
+        for name in now.keys() | self.values.keys():
+            if name not in now or name not in self.values:
+                return name
+            before, after = self.values[name], now[name]
+            if before is not after and not _equal_scalars(before, after):
+                return name
+            if name in self.copies and not _same_items(self.copies[name], after):
+                return _item_name(self.copies[name], after) or name
+        return ""
+
+    def restore(self) -> None:
+        for name, copy in self.copies.items():
+            container = self.values[name]
+            if not _same_items(copy, container):
+                container.clear()
+                (container.update if hasattr(container, "update") else container.extend)(copy)
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.values)
+
+
+@dataclass(slots=True)
+class ModelState:
+    """The state of `root` and everything in it at one moment; `values` holds buffer values."""
+
+    root: nn.Module
+    values: dict[int, torch.Tensor]
+    modules: list[_Attributes] = field(init=False)
+    buffers: dict[str, tuple[torch.Tensor, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = [_Attributes.of(module) for module in self.root.modules()]
+        self.buffers = {name: (b, b._version) for name, b in self.root.named_buffers()}
+
+    @classmethod
+    def of(cls, root: nn.Module) -> "ModelState":
+        """The state of `root` now, with copies of its buffers."""
+        return cls(root, {id(b): b.detach().clone() for b in root.buffers()})
+
+    def part(self, module: nn.Module) -> "ModelState":
+        """The state now of one module of the tree, sharing the copies of the buffers."""
+        return ModelState(module, self.values)
+
+    def changed(self) -> str:
+        """Name of the first attribute or buffer that changed since, or ""."""
+        for attributes in self.modules:
+            if name := attributes.changed():
+                return name
+        return next((name for name, _, _ in self._written()), "")
+
+    def _written(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for name, (buffer, version) in self.buffers.items():
+            value = self.values.get(id(buffer))
+            if buffer._version != version and value is not None and not _same(buffer, value):
+                yield name, buffer, value
+
+    def restore(self) -> None:
+        """Put attributes and buffer values back, bit for bit."""
+        for attributes in self.modules:
+            attributes.restore()
+        for _, buffer, value in self._written():
+            buffer.data.copy_(value)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[ModelState]:
+    """Give `model` and the random states back afterwards as they were."""
+    state, randomness = ModelState.of(model), RandomState.now()
+    try:
+        yield state
+    finally:
+        state.restore()
+        randomness.restore()
+
+
+def _equal_scalars(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and isinstance(a, (bool, int, float, str, bytes)) and a == b
+
+
+def _same_items(copy: Any, container: Any) -> bool:
+    if len(copy) != len(container):
+        return False
+    if isinstance(copy, dict):
+        pairs = zip(copy.items(), container.items(), strict=True)
+        return all(k is m and v is w or (k == m and _is(v, w)) for (k, v), (m, w) in pairs)
+    if isinstance(copy, (set, frozenset)):
+        return bool(copy == container)
+    return all(_is(a, b) for a, b in zip(copy, container, strict=True))
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b or _equal_scalars(a, b)
+
+
+def _item_name(before: Any, after: Any) -> str:
+    """The key that differs between two of a module's own dicts of parameters, buffers, modules."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return ""
+    keys = [k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]
+    return str(keys[0]) if keys else ""
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit-for-bit equality (NaN equals NaN)."""
+    raw_a, raw_b = a.detach().reshape(-1), b.reshape(-1)
+    if raw_a.numel() == 0:
+        return True
+    return torch.equal(raw_a.view(torch.uint8), raw_b.view(torch.uint8))

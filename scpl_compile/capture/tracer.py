@@ -1,0 +1,384 @@
+"""Tracing a model with torch.fx so that what tracing would lose stays inside a module call.
+
+Modules of torch.nn are called whole. Every other module is opened; where its forward cannot be
+traced, or holds something that tracing drops without an error, the nodes made since are taken
+back and the module stays one opaque call. `trace_mode` does this for one of train() and eval();
+modes.py compares the two.
+"""
+
+import inspect
+import math
+import operator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import ParameterProxy
+from torch.nn.utils.parametrize import is_parametrized
+
+from scpl_compile.capture.captured import ModuleCall
+from scpl_compile.capture.proxies import InputProxy
+from scpl_compile.capture.state import ModelState, RandomState
+from scpl_compile.capture.watch import watched
+from scpl_compile.errors import CaptureError
+from scpl_compile.ir import InputSpec
+
+__all__ = ["Trace", "is_library_leaf", "trace_mode"]
+
+_RANDOM = "random numbers drawn in Python"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MAX_PHRASE = 120
+_TORCH = Path(torch.__file__).parent
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Called with Python numbers only, these would run once, while tracing; as nodes they run each time.
+_FACTORIES = (
+    torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace,
+    torch.rand, torch.randn, torch.randint, torch.randperm, torch.tensor,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One traced graph and the module calls that were traced through, by scope key."""
+
+    graph: Graph
+    calls: Mapping[str, ModuleCall]
+
+
+class _Untraceable(Exception):
+    """The code being traced holds something that a graph cannot express; text: a phrase."""
+
+
+@dataclass(slots=True)
+class _Frame:
+    """One opened module call: its scope key, and why it must be closed again ("" so far)."""
+
+    key: str
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Where tracing stood when a module was opened."""
+
+    tail: Node
+    state: ModelState
+    randomness: RandomState
+    counts: Counter[str] = field(default_factory=Counter)
+    calls: set[str] = field(default_factory=set)
+
+
+def is_library_leaf(module: nn.Module) -> bool:
+    """Whether `module` is of torch.nn and not a container: such modules are called whole."""
+    name = type(module).__module__
+    library = name.startswith(("torch.nn.", "torch.ao.nn."))
+    return library and not isinstance(module, _CONTAINERS)
+
+
+def trace_mode(
+    model: nn.Module,
+    inputs: tuple[InputSpec, ...],
+    is_leaf: Callable[[str, nn.Module], bool],
+    opaque: dict[str, str],
+    training: bool,
+) -> Trace:
+    """Trace `model` in training or evaluation mode.
+
+    opaque: path -> reason of the modules to keep whole; the modules found on the way are added,
+    and then the trace must be repeated (a module may have been opened in an earlier call).
+    The caller preserves the model's state.
+
+    Raises:
+        CaptureError: the model's own forward cannot be traced, or the inputs do not fit it.
+    """
+    model.train(training)
+    if is_library_leaf(model):
+        return _single_call(model, inputs)
+    check_inputs(model, inputs)
+    tracer = _AutoLeafTracer(inputs, is_leaf, opaque)
+    with watched(tracer.report):
+        return tracer.run(model)
+
+
+def check_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
+    """Check that `inputs` name parameters of forward and leave none without a value.
+
+    Raises:
+        CaptureError: a name is unknown or missing.
+    """
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    kinds = {p.name: p.kind for p in parameters}
+    named = {spec.name for spec in inputs}
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = [name for name, kind in kinds.items() if kind not in variable]
+    if unknown := sorted(named - set(known)):
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            raise CaptureError(
+                f"--input {unknown[0]} is not a parameter of {type(model).__name__}.forward, "
+                f"which takes {', '.join(known) or 'none'}"
+            )
+    for parameter in parameters:
+        required = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+        if required and parameter.name not in named:
+            raise CaptureError(
+                f"{type(model).__name__}.forward needs {parameter.name!r}: describe it with --input"
+            )
+
+
+class _AutoLeafTracer(Tracer):
+    """See the module docstring."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        inputs: tuple[InputSpec, ...],
+        is_leaf: Callable[[str, nn.Module], bool],
+        opaque: dict[str, str],
+    ) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self._inputs = inputs
+        self._is_leaf = is_leaf
+        self._opaque = opaque
+        self._frames = [_Frame("")]
+        self._counts: Counter[str] = Counter()
+        self._calls: dict[str, ModuleCall] = {}
+        self._names: dict[int, str] = {}
+        self._watching = True
+
+    # --- the whole model
+
+    def run(self, model: nn.Module) -> Trace:
+        """Trace `model`; state that its own forward changes is an error."""
+        self._names = {id(b): name for name, b in model.named_buffers()}
+        self._names |= {id(p): name for name, p in model.named_parameters()}
+        state, randomness = ModelState.of(model), RandomState.now()
+        self._state = state
+        try:
+            with _recorded_factories(self):
+                graph = self.trace(model)
+        except Exception as error:
+            raise _root_error(model, _phrase(error), _place(error)) from error
+        reason = self._why_closed(self._frames[0], model, state, randomness)
+        if reason:
+            raise _root_error(model, reason, "")
+        return Trace(graph=graph, calls=self._calls)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for the declared inputs; every other parameter keeps its default."""
+        proxies = {
+            spec.name: self.create_proxy(
+                "placeholder",
+                spec.name,
+                (),
+                {},
+                proxy_factory_fn=lambda node, spec=spec: InputProxy(node, self, spec.shape),
+            )
+            for spec in self._inputs
+        }
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, **proxies)
+
+        return forward, [self.root]
+
+    # --- modules
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call `m` whole, or trace through it and take that back where it would lose something."""
+        path = self.path_of_module(m)
+        if path not in self._opaque and (reason := _never_opened(m)):
+            self._opaque[path] = reason
+        if path in self._opaque or is_library_leaf(m) or self._is_leaf(path, m):
+            return self.create_proxy("call_module", path, args, kwargs)
+        return self._open(m, path, forward, args, kwargs)
+
+    def _open(
+        self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        mark = _Mark(
+            tail=next(iter(reversed(self.graph.nodes))),
+            state=self._state.part(m),
+            randomness=RandomState.now(),
+            counts=self._counts.copy(),
+            calls=set(self._calls),
+        )
+        count = self._counts[path]
+        key = f"{path}@{count}" if count else path
+        self._counts[path] += 1
+        given = _nodes((args, kwargs))
+        frame = _Frame(key)
+        self._frames.append(frame)
+        try:
+            result = forward(*args, **kwargs)
+            reason = self._why_closed(frame, m, mark.state, mark.randomness)
+        except Exception as error:
+            reason = frame.reason or _phrase(error)
+        finally:
+            self._frames.pop()
+        if reason:
+            self._roll_back(mark)
+            self._opaque[path] = reason
+            return self.create_proxy("call_module", path, args, kwargs)
+        self._calls[key] = ModuleCall(
+            path=path, args=given[0], kwargs=given[1], result=_nodes(result)
+        )
+        return result
+
+    def _why_closed(
+        self, frame: _Frame, module: nn.Module, state: ModelState, randomness: RandomState
+    ) -> str:
+        if frame.reason:
+            return frame.reason
+        if RandomState.now() != randomness:
+            return _RANDOM
+        changed = state.changed()
+        return f"changes its attribute {changed!r}" if changed else ""
+
+    def _roll_back(self, mark: _Mark) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is mark.tail:
+                break
+            self.graph.erase_node(node)
+        mark.state.restore()
+        mark.randomness.restore()
+        self._counts = mark.counts
+        self._calls = {key: call for key, call in self._calls.items() if key in mark.calls}
+
+    def report(self, reason: str) -> None:
+        """Close the innermost opened module, because of `reason`."""
+        frame = self._frames[-1]
+        frame.reason = frame.reason or reason
+
+    # --- values
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> Node:
+        """Make a node that knows the module calls around it."""
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["scope"] = tuple(frame.key for frame in self._frames[1:])
+        if len(self._frames) > 1 and _writes_first_argument(kind, target):
+            written = args[0] if args else None
+            if isinstance(written, Node) and written.op == "get_attr":
+                self.report(f"writes {written.target!r} in place")
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """A node or constant for an argument; a tensor must be a parameter or a buffer."""
+        if isinstance(a, Proxy):
+            if a.node._erased:
+                raise _Untraceable("uses a value of a module that is not opened")
+            return a.node
+        if isinstance(a, torch.Tensor):
+            if id(a) not in self._names:
+                raise _Untraceable("uses a tensor that is neither parameter nor buffer")
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """A fresh get_attr node each time a parameter or buffer is read.
+
+        (Torch's own version keeps them in a cache, which rolling back would leave stale.)
+        """
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return attr_val
+        factory = None
+        if isinstance(attr_val, nn.Parameter):
+            factory = lambda node: ParameterProxy(self, node, name, attr_val)  # noqa: E731
+        return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=factory)
+
+
+def _nodes(value: Any) -> Any:
+    """`value` with the nodes in place of their proxies."""
+    return map_aggregate(value, lambda item: item.node if isinstance(item, Proxy) else item)
+
+
+def _never_opened(module: nn.Module) -> str:
+    """Why `module` must not be opened whatever its forward does, or ""."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    if is_parametrized(module) and not type(module).__mro__[1].__module__.startswith("torch.nn."):
+        return "parametrization"
+    if not is_library_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS):
+        return "hooks"
+    return ""
+
+
+def _writes_first_argument(kind: str, target: Any) -> bool:
+    """Whether a node of this kind and target is an in-place operation, by its name."""
+    if kind == "call_method":
+        return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
+    name = getattr(target, "__name__", "")
+    in_place = getattr(operator, f"__{name}__", None) is target and name[0] == "i"
+    return kind == "call_function" and (in_place or name.endswith("_"))
+
+
+@contextmanager
+def _recorded_factories(tracer: _AutoLeafTracer) -> Iterator[None]:
+    """Let torch.arange and its like become nodes, also when no argument is traced."""
+
+    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: tracer.create_proxy("call_function", factory, args, kwargs)
+
+    try:
+        for factory in _FACTORIES:
+            setattr(torch, factory.__name__, recorded(factory))
+        yield
+    finally:
+        for factory in _FACTORIES:
+            setattr(torch, factory.__name__, factory)
+
+
+def _single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
+    """The graph of a model that is itself one module of torch.nn: one call of it."""
+    graph = Graph()
+    placeholders = {spec.name: graph.placeholder(spec.name) for spec in inputs}
+    call = graph.create_node("call_module", "", (), placeholders, name="model")
+    graph.output(call)
+    for node in graph.nodes:
+        node.meta["scope"] = ()
+    return Trace(graph=graph, calls={})
+
+
+def _phrase(error: BaseException) -> str:
+    """One line about an exception."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_PHRASE:
+        text = text[: _MAX_PHRASE - 1] + "…"
+    return text if isinstance(error, _Untraceable) else f"{type(error).__name__}: {text}"
+
+
+def _place(error: BaseException) -> str:
+    """The last line outside of torch that the exception passed, as "net.py:42"."""
+    lines = [
+        f"{Path(frame.filename).name}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not Path(frame.filename).is_relative_to(_TORCH) and frame.filename != __file__
+    ]
+    return lines[-1] if lines else ""
+
+
+def _root_error(model: nn.Module, reason: str, place: str) -> CaptureError:
+    at = f" at {place}" if place else ""
+    return CaptureError(
+        f"the forward of {type(model).__name__} itself cannot be traced{at} ({reason}): "
+        "move that code into a submodule, which is then kept whole"
+    )

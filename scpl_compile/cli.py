@@ -1,0 +1,190 @@
+"""The command line: parses, calls the library, prints. torch is imported inside the commands, so
+that `scpl --help` answers at once.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scpl_compile.errors import ScplError
+from scpl_compile.version import __version__
+
+__all__ = ["main"]
+
+
+def _telling_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """An error of ours is one sentence on stderr and exit code 1."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except ScplError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    return run
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `compile` and `plan` have in common."""
+    options = [
+        click.argument("model"),
+        click.option(
+            "--input", "inputs", required=True, metavar="SPEC",
+            help="Shapes without the batch: 3x32x32, or ids:int64:128<30000,mask:int64:128<2.",
+        ),
+        click.option("--num-classes", type=click.IntRange(min=2), required=True),
+        click.option("--stages", "num_stages", type=click.IntRange(min=1), metavar="K",
+                     help="Default: the number of devices, else 2."),
+        click.option("--split-at", metavar="NAME,…", help="Cut after these modules instead."),
+        click.option("--devices", metavar="D,…", help="cpu,cpu or cuda:0,cuda:1 or auto."),
+        click.option("--gpus", type=click.IntRange(min=1), metavar="N",
+                     help="Plan for N GPUs, here or on another machine."),
+        click.option("--method", default="scpl", metavar="NAME", show_default=True,
+                     help="scpl, bp or early_exit."),
+        click.option("--preset", default="default", metavar="NAME", show_default=True,
+                     help="default, or paper: the algorithm as released."),
+        click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
+                     help="Of heads and losses: head=mlp, pooling=avg:4, temperature=0.1, last=…"),
+        click.option("--config", default="", metavar="KEY=VALUE,…",
+                     help="Arguments of the model's constructor."),
+        click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Start from this safetensors file."),
+        click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2),
+                     help="At which costs are weighed."),
+        click.option("--threads-per-stage", type=click.IntRange(min=1)),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _request(options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of api.compile_model that the shared options stand for."""
+    from scpl_compile.sources import parse_config
+
+    gpus, devices = options.pop("gpus"), options.pop("devices")
+    if gpus and devices:
+        raise click.UsageError("--gpus and --devices both name the devices; give one of them")
+    split_at = options.pop("split_at")
+    return {
+        **options,
+        "devices": tuple(f"cuda:{i}" for i in range(gpus)) if gpus else devices,
+        "split_at": tuple(split_at.split(",")) if split_at else (),
+        "options": parse_config(",".join(options.pop("options"))),
+        "config": parse_config(options.pop("config")),
+    }
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Compile a PyTorch model into stages that train at the same time."""
+
+
+@main.command()
+@_model_options
+@_telling_errors
+def plan(as_json: bool, **options: Any) -> None:
+    """Show where MODEL would be cut, and what each stage would cost.
+
+    MODEL is torchvision:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE.
+    """
+    request = _request(options)
+    from scpl_compile.api import plan_model
+
+    _show_plan(plan_model(**request), as_json)
+
+
+@main.command(name="compile")
+@_model_options
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--force", is_flag=True, help="Replace a program in DIR.")
+@click.option("--verify/--no-verify", "verify", default=True, show_default=True)
+@_telling_errors
+def compile_(as_json: bool, **options: Any) -> None:
+    """Write MODEL as a training program into DIR.
+
+    MODEL is torchvision:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE.
+    """
+    request = _request(options)
+    from scpl_compile.api import compile_model
+
+    program = compile_model(**request)
+    _show_plan(program.plan, as_json)
+    if not request["verify"]:
+        click.echo("not verified (--no-verify)", err=True)
+    click.echo(f"wrote {program.directory}; try: python {program.directory}/train.py", err=True)
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    from scpl_compile.ir import to_json
+    from scpl_compile.report import plan_facts, print_plan
+
+    print_plan(plan)
+    if as_json:
+        facts = {**to_json(plan), "digest": plan.digest}
+        for stage, more in zip(facts["stages"], plan_facts(plan), strict=True):
+            stage.update(more)
+        click.echo(json.dumps(facts))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@_telling_errors
+def train(directory: Path, arguments: tuple[str, ...]) -> None:
+    """Run DIRECTORY/train.py with ARGUMENTS (--data, --epochs, --lr …; --help lists them)."""
+    script = directory / "train.py"
+    if not script.is_file():
+        from scpl_compile.errors import ProgramError
+
+        raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
+    sys.exit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--data", default="digits", show_default=True, metavar="SPEC")
+@click.option("--run-dir", default="run", show_default=True, metavar="NAME")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
+              help="Default: final.safetensors of the run.")  # fmt: skip
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--split", default="test", show_default=True,
+              type=click.Choice(["train", "validation", "test"]))  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_telling_errors
+def evaluate(as_json: bool, **options: Any) -> None:
+    """The accuracy of what DIRECTORY's program has trained."""
+    from scpl_compile.api import evaluate_program
+
+    result = evaluate_program(**options)
+    click.echo(
+        f"{100 * result['accuracy']:.2f} % of {result['num_samples']} samples "
+        f"({options['data']}, {options['split']})",
+        err=True,
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@main.command()
+@click.option("-o", "--out", default=Path("out/demo"), show_default=True,
+              type=click.Path(path_type=Path), metavar="DIR")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_telling_errors
+def demo(out: Path, as_json: bool) -> None:
+    """Compile a small CNN into two stages and train it on real digits, in under a minute."""
+    from scpl_compile.demo import run_demo
+
+    result = run_demo(out)
+    if as_json:
+        click.echo(json.dumps(result))

@@ -1,0 +1,119 @@
+"""Writes a program directory: all of it, or nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from scpl_compile.actions import picture, timeline
+from scpl_compile.capture import Capture
+from scpl_compile.emit.stages import stages_source, stamp
+from scpl_compile.errors import EmitError, ProgramError
+from scpl_compile.ir import Plan, from_json, to_json
+from scpl_compile.runtime.program import save_weights
+from scpl_compile.runtime.trainer import allowed_schedules
+
+__all__ = ["GENERATED", "check_target", "program_directory", "train_source", "write_program"]
+
+GENERATED = (
+    "__init__.py", "plan.json", "stages.py", "train.py", "verification.json", "weights.safetensors",
+)  # fmt: skip
+"""The files of a program; everything else in its directory is the user's (run/)."""
+
+
+def train_source(plan: Plan) -> str:
+    """train.py of `plan`."""
+    template = Template((files(__package__) / "templates" / "train.py.txt").read_text("utf-8"))
+    times = timeline(plan.schedule, plan.num_stages, 3)
+    rows = "".join(f"\n    stage {k}   {row}" for k, row in enumerate(picture(times).splitlines()))
+    what = "F forward, B backward with the update, of batch 0, 1, 2"
+    devices = plan.placement if len(set(plan.placement)) > 1 else plan.placement[:1]
+    return template.substitute(
+        stamp=stamp(plan),
+        model=plan.model,
+        method=plan.method,
+        num_stages=plan.num_stages,
+        picture=f"\nSchedule {plan.schedule} ({what}):\n{rows}",
+        schedule=plan.schedule,
+        schedules=" or ".join(allowed_schedules(plan)),
+        devices=",".join(devices),
+        threads_per_stage=plan.threads_per_stage,
+    )
+
+
+def write_program(
+    directory: Path, plan: Plan, capture: Capture, stage_of: Mapping[str, int]
+) -> str:
+    """Write all files of the program but verification.json; gives the sha256 of the weights."""
+    sha256 = save_weights(capture.model, directory / "weights.safetensors")
+    (directory / "plan.json").write_text(json.dumps(to_json(plan), indent=2) + "\n", "utf-8")
+    (directory / "stages.py").write_text(stages_source(plan, capture, stage_of), "utf-8")
+    (directory / "train.py").write_text(train_source(plan), "utf-8")
+    (directory / "__init__.py").write_text(
+        f'{stamp(plan)}\n"""{plan.model} in {plan.num_stages} stages."""\n\n'
+        'from .stages import build_trainer\n\n__all__ = ["build_trainer"]\n',
+        "utf-8",
+    )
+    return sha256
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raises EmitError where `target` may not be written: known before any work is done."""
+    if target.exists() and not target.is_dir():
+        raise EmitError(f"{target} is a file; give -o a directory")
+    if target.exists() and any(target.iterdir()) and not force:
+        changed = " (its train.py was changed by hand)" if _is_changed_by_hand(target) else ""
+        raise EmitError(f"{target} exists{changed}; choose another -o, or replace it with --force")
+
+
+@contextmanager
+def program_directory(
+    target: Path | None, *, force: bool, notice: Callable[[str], None]
+) -> Iterator[Path]:
+    """A new directory to write into, that becomes `target` when the block ends without an error.
+
+    With `force` an existing target is replaced; what the compiler did not generate stays (run/),
+    and a train.py that was changed by hand stays as train.py.old. None: a temporary directory,
+    which the caller removes.
+
+    Raises:
+        EmitError: the target exists and `force` is not given.
+    """
+    if target is None:
+        yield Path(tempfile.mkdtemp(prefix="scpl-program-"))
+        return
+    check_target(target, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        part.chmod(0o755)
+        yield part
+        if target.exists():
+            _keep_users_files(target, part, notice)
+            shutil.rmtree(target)
+        os.replace(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _keep_users_files(old: Path, new: Path, notice: Callable[[str], None]) -> None:
+    if _is_changed_by_hand(old):
+        shutil.copy2(old / "train.py", new / "train.py.old")
+        notice(f"{old / 'train.py'} was changed by hand; it is kept as train.py.old")
+    for path in old.iterdir():
+        if path.name not in (*GENERATED, "__pycache__"):
+            os.replace(path, new / path.name)
+
+
+def _is_changed_by_hand(directory: Path) -> bool:
+    try:
+        plan = from_json(Plan, json.loads((directory / "plan.json").read_text("utf-8")))
+        return (directory / "train.py").read_text("utf-8") != train_source(plan)
+    except (OSError, ValueError, ProgramError):
+        return False

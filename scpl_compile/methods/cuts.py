@@ -1,0 +1,113 @@
+"""What a cut at every place of the graph would mean for a method: the partitioner's problem."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import networkx as nx
+from torch import fx
+
+from scpl_compile.capture import Capture, CutCandidate, cut_candidates, tied_groups
+from scpl_compile.cost import DeviceSpec, op_cost
+from scpl_compile.errors import MethodError, PartitionError
+from scpl_compile.ir import LocalLoss, NodeCost
+from scpl_compile.methods.base import Method
+from scpl_compile.methods.plan import candidate_view
+from scpl_compile.partition import PartitionProblem
+
+__all__ = ["cut_problem", "split_nodes"]
+
+
+def cut_problem(
+    capture: Capture,
+    costs: Mapping[str, NodeCost],
+    method: Method,
+    num_classes: int,
+    device: DeviceSpec,
+) -> PartitionProblem:
+    """The graph with its costs, and for every place whether a cut is allowed and what it costs.
+
+    The heads and losses of a stage depend on where it ends, so their cost is part of the balance.
+    """
+    nodes = capture.compute_nodes
+    graph = _graph(capture, costs)
+    allowed, reasons, heads, penalties = [], [], [], []
+    candidates = cut_candidates(capture)
+    largest = max((candidate_nbytes(c, capture) for c in candidates), default=0) or 1
+    for candidate, (before, after) in zip(candidates, pairwise(nodes), strict=True):
+        reason: str | None = candidate.reason
+        head_us = 0.0
+        num_gradients = 1
+        if candidate.is_allowed:
+            reason = None
+            try:
+                view = candidate_view(candidate.crossing, capture, num_classes)
+                num_gradients = len(view.sends)
+                head_us = sum(loss_us(loss, device) for loss in method.losses(view))
+            except MethodError as error:
+                reason = str(error)
+        allowed.append(reason is None)
+        reasons.append(reason)
+        heads.append(head_us)
+        traffic = candidate_nbytes(candidate, capture) / largest
+        penalties.append(_open_modules(before, after) + 2.0 * (num_gradients - 1) + 0.5 * traffic)
+    return PartitionProblem(
+        graph=graph,
+        allowed=tuple(allowed),
+        head_us=tuple(heads),
+        penalty=tuple(penalties),
+        reason=tuple(reasons),
+    )
+
+
+def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
+    graph = nx.DiGraph()
+    groups = tied_groups(capture)
+    for node in capture.compute_nodes:
+        group = {"group": groups[node.name]} if node.name in groups else {}
+        graph.add_node(node.name, cost_us=costs[node.name].total_us, **group)
+    for node in capture.compute_nodes:
+        graph.add_edges_from(
+            (source.name, node.name) for source in node.all_input_nodes if source.name in graph
+        )
+    return graph
+
+
+def candidate_nbytes(candidate: CutCandidate, capture: Capture) -> int:
+    """Bytes that a cut there would send."""
+    by_name = {node.name: node.meta.get("tensor") for node in capture.graph.nodes}
+    return sum(meta.nbytes for name in candidate.crossing if (meta := by_name[name]) is not None)
+
+
+def _open_modules(before: fx.Node, after: fx.Node) -> int:
+    """How many modules a cut between two neighbours would part."""
+    depth = 0
+    for left, right in zip(before.meta["scope"], after.meta["scope"], strict=False):
+        if left != right:
+            break
+        depth += 1
+    return depth
+
+
+def loss_us(loss: LocalLoss, device: DeviceSpec) -> float:
+    """Forward and backward of a local loss, microseconds."""
+    return op_cost(3 * loss.flops, 3 * 4 * loss.num_parameters, device)
+
+
+def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
+    """The graph node after which each of `names` ends: a node's name or a module's path.
+
+    Raises:
+        PartitionError: there is no such module.
+    """
+    last: dict[str, str] = {}
+    for node in capture.compute_nodes:
+        last[node.name] = node.name
+        for key in node.meta["scope"]:
+            last[key.split("@")[0]] = node.name
+        if node.op == "call_module":
+            last[str(node.target)] = node.name
+    missing = [name for name in names if name not in last]
+    if missing:
+        known = ", ".join(list(dict.fromkeys(n.split(".")[0] for n in last if n))[:12])
+        raise PartitionError(f"--split-at {missing[0]!r} is no module of the model ({known} …)")
+    return [last[name] for name in names]

@@ -1,0 +1,53 @@
+"""What a person sees on stderr while a program trains: a bar, each stage's loss, the rate."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+__all__ = ["Progress", "say"]
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar over the steps; without a terminal, a line now and then."""
+
+    def __init__(self, total_steps: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._total = total_steps
+        self._shown = done
+        self._console = Console(stderr=True)
+        self._bar: Any = Bar(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=False,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("steps", total=total_steps, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(
+        self, step: int, losses: Sequence[Mapping[str, float]], samples_per_second: float
+    ) -> None:
+        """losses: per stage, by name; the bar shows the sum of each stage."""
+        sums = "  ".join(f"{sum(terms.values()):.3f}" if terms else "-" for terms in losses)
+        text = f"loss per stage {sums}   {samples_per_second:.0f} samples/s"
+        self._bar.update(self._task, completed=step, text=text)
+        if not self._console.is_terminal and (step - self._shown) * 10 >= self._total:
+            self._shown = step
+            say(f"step {step}/{self._total}   {text}")

@@ -1,0 +1,289 @@
+"""The chunked loss against the float64 reference, and what it promises beyond the numbers."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scpl_compile.kernels.reference import supcon_reference
+from scpl_compile.kernels.supcon_chunked import chunk_size, supcon_chunked
+
+OPTIONS = {"temperature": 0.1, "divisor": "scpl", "normalize": True, "reduction": "mean"}
+CHOICES = [
+    {**OPTIONS, "divisor": divisor, "normalize": normalize, "reduction": reduction}
+    for divisor, normalize, reduction in itertools.product(
+        ["scpl", "khosla"], [True, False], ["mean", "none"]
+    )
+]
+
+
+def random_batch(
+    batch: int, dim: int, classes: int, dtype: torch.dtype = torch.float64, seed: int | None = None
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    features = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+    return features.to(dtype), torch.randint(0, classes, (batch,), generator=generator)
+
+
+def loss_and_gradient(
+    loss_fn: object, features: Tensor, labels: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient of its sum with weights 1, 2, 3, 1, 2, 3 and so on."""
+    leaf = features.detach().requires_grad_()
+    loss = loss_fn(leaf, labels, **options)
+    weights = torch.arange(loss.numel()) % 3 + 1
+    (grad,) = torch.autograd.grad((loss * weights.view(loss.shape)).sum(), leaf)
+    return loss.detach(), grad
+
+
+def assert_is_reference(features: Tensor, labels: Tensor, **options: object) -> None:
+    """Both in float64, to 1e-12 of the largest terms that are summed."""
+    reference_options = {k: v for k, v in options.items() if k != "chunk"}
+    truth, truth_grad = loss_and_gradient(supcon_reference, features, labels, **reference_options)
+    loss, grad = loss_and_gradient(supcon_chunked, features, labels, **options)
+    norm = features.norm(dim=1, keepdim=True)
+    length = 1.0 if options["normalize"] else norm.max().item()
+    logit = 1 + length**2 / options["temperature"]
+    torch.testing.assert_close(loss, truth, rtol=0, atol=1e-12 * logit)
+    per_unit = norm if options["normalize"] else 1.0
+    scale = 1e-12 * logit * (1 + length / options["temperature"])
+    torch.testing.assert_close(grad * per_unit, truth_grad * per_unit, rtol=0, atol=scale)
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_it_is_the_reference(data: st.DataObject) -> None:
+    batch = data.draw(st.integers(1, 70), label="batch")
+    dim = data.draw(st.integers(1, 40), label="dim")
+    classes = data.draw(st.integers(1, batch), label="classes")
+    seed = data.draw(st.integers(0, 2**32), label="seed")
+    features, labels = random_batch(batch, dim, classes, seed=seed)
+    assert_is_reference(
+        features,
+        labels,
+        temperature=data.draw(st.floats(0.002, 2), label="temperature"),
+        divisor=data.draw(st.sampled_from(["scpl", "khosla"]), label="divisor"),
+        normalize=data.draw(st.booleans(), label="normalize"),
+        reduction=data.draw(st.sampled_from(["mean", "none"]), label="reduction"),
+        chunk=data.draw(st.none() | st.integers(1, 80), label="chunk"),
+    )
+
+
+@pytest.mark.parametrize("options", CHOICES)
+def test_it_is_the_reference_where_blocks_are_recomputed(options: dict[str, object]) -> None:
+    assert_is_reference(*random_batch(700, 5, 9), **options)
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("chunk", [3, 11])
+def test_the_gradient_is_the_derivative(options: dict[str, object], chunk: int) -> None:
+    features, labels = random_batch(11, 4, 4)
+    options = {**options, "temperature": 0.4, "chunk": chunk}
+    assert torch.autograd.gradcheck(
+        lambda f: supcon_chunked(f, labels, **options), features.requires_grad_()
+    )
+
+
+def eager_formula(features: Tensor, labels: Tensor, **options: object) -> Tensor:
+    """The loss as one writes it in torch, every step in the dtype of the features."""
+    z = torch.nn.functional.normalize(features, dim=1) if options["normalize"] else features
+    logits = z @ z.T / options["temperature"]
+    itself = torch.eye(len(labels), dtype=torch.bool)
+    log_probability = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    is_positive = (labels[:, None] == labels) & ~itself
+    count = is_positive.sum(1)
+    divisors = count + 1 if options["divisor"] == "scpl" else count.clamp_min(1)
+    losses = -log_probability.where(is_positive, 0).sum(1) / divisors
+    if options["reduction"] == "none":
+        return losses
+    anchors = len(labels) if options["divisor"] == "scpl" else (count > 0).sum()
+    return losses.sum() / anchors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [2.0, 0.1, 0.0251, 0.005])
+@pytest.mark.parametrize("options", CHOICES)
+def test_it_is_as_close_to_the_truth_as_torch(
+    dtype: torch.dtype, temperature: float, options: dict[str, object]
+) -> None:
+    options = {**options, "temperature": temperature}
+    features, labels = random_batch(48, 16, 6, dtype)
+    if not options["normalize"]:
+        features = torch.nn.functional.normalize(features, dim=1)
+    truth = loss_and_gradient(supcon_reference, features.double(), labels, **options)
+    eager = loss_and_gradient(eager_formula, features, labels, **options)
+    ours = loss_and_gradient(supcon_chunked, features, labels, **options, chunk=20)
+    for exact, torch_value, value in zip(truth, eager, ours, strict=True):
+        # One rounding of the result, and float32 rounding of logits up to 1/T.
+        slack = torch.finfo(value.dtype).eps + 2e-7 * (1 + 1 / temperature)
+        allowed = (torch_value.double() - exact).abs().max() + slack * exact.abs().max()
+        assert (value.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("temperature", [0.1, 0.002])
+def test_the_chunk_moves_last_bits_only(options: dict[str, object], temperature: float) -> None:
+    features, labels = random_batch(23, 6, 4)
+    options = {**options, "temperature": temperature}
+    whole = loss_and_gradient(supcon_chunked, features, labels, **options, chunk=23)
+    for chunk in (1, 2, 7, 16, 22, 64):
+        parts = loss_and_gradient(supcon_chunked, features, labels, **options, chunk=chunk)
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 319, 320, 321, 512, 1000, 4096, 65537])
+@pytest.mark.parametrize(("device_type", "largest"), [("cpu", 320), ("cuda", 4096)])
+def test_chunks_are_few_and_equal(batch: int, device_type: str, largest: int) -> None:
+    chunk = chunk_size(batch, device_type)
+    num_chunks = -(-batch // chunk)
+    assert 1 <= chunk <= largest
+    assert num_chunks == -(-batch // largest)
+    assert num_chunks * chunk - batch < num_chunks
+
+
+@pytest.mark.parametrize("options", CHOICES)
+def test_the_order_of_the_batch_does_not_matter(options: dict[str, object]) -> None:
+    features, labels = random_batch(40, 6, 5)
+    leaf, order = features.requires_grad_(), torch.randperm(40)
+    loss = supcon_chunked(leaf, labels, **options, chunk=16)
+    permuted = supcon_chunked(leaf[order], labels[order], **options, chunk=16)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    (permuted_grad,) = torch.autograd.grad(permuted.sum(), leaf)
+    torch.testing.assert_close(permuted, loss[order] if loss.dim() else loss)
+    torch.testing.assert_close(permuted_grad, grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_length_of_normalised_features_does_not_matter(reduction: str) -> None:
+    features, labels = random_batch(40, 6, 5)
+    lengths = torch.logspace(-9, 9, 40, dtype=torch.float64)[torch.randperm(40), None]
+    options = {**OPTIONS, "reduction": reduction}
+    loss, grad = loss_and_gradient(supcon_chunked, features, labels, **options)
+    scaled, scaled_grad = loss_and_gradient(supcon_chunked, features * lengths, labels, **options)
+    torch.testing.assert_close(scaled, loss)
+    torch.testing.assert_close(scaled_grad * lengths, grad, rtol=1e-9, atol=1e-12)
+    assert (features * grad).sum(1).abs().max() < 1e-12
+
+
+def test_rows_too_short_to_normalise() -> None:
+    features, labels = random_batch(12, 3, 3)
+    features[0] = 0
+    features[1] = torch.tensor([3e-13, 0, -4e-13])
+    (truth, truth_grad), (loss, grad) = (
+        loss_and_gradient(fn, features, labels, **OPTIONS)
+        for fn in (supcon_reference, supcon_chunked)
+    )
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(grad, truth_grad)
+
+
+@pytest.mark.parametrize("options", CHOICES)
+def test_one_class_only(options: dict[str, object]) -> None:
+    features, _ = random_batch(30, 4, 1)
+    assert_is_reference(features, torch.full((30,), -7), **options, chunk=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.1, 0.001])
+@pytest.mark.parametrize("options", CHOICES)
+def test_without_positives_loss_and_gradient_are_exactly_zero(
+    dtype: torch.dtype, temperature: float, options: dict[str, object]
+) -> None:
+    features, _ = random_batch(30, 4, 1, dtype)
+    options = {**options, "temperature": temperature, "chunk": 8}
+    loss, grad = loss_and_gradient(supcon_chunked, features, torch.randperm(30), **options)
+    assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("batch", [100, 700])
+def test_two_runs_give_the_same_bits(options: dict[str, object], batch: int) -> None:
+    features, labels = random_batch(batch, 16, 7, torch.float32)
+    first, second = (
+        loss_and_gradient(supcon_chunked, features, labels, **options) for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("batch", [100, 700])
+def test_a_kept_graph_gives_its_gradient_twice(batch: int) -> None:
+    features, labels = random_batch(batch, 8, 7, torch.float32)
+    loss = supcon_chunked(features.requires_grad_(), labels, **OPTIONS)
+    (first,) = torch.autograd.grad(loss, features, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, features)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    features, labels = random_batch(8, 4, 2)
+    loss = supcon_chunked(features.requires_grad_(), labels, **{**OPTIONS, "reduction": reduction})
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph.*reference"):
+        torch.autograd.grad(loss.sum(), features, create_graph=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.numel = max(self.numel, storage)
+        return result
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_memory_grows_with_the_batch_not_with_its_square(temperature: float) -> None:
+    batch, dim = 4096, 32
+    features, labels = random_batch(batch, dim, 50, torch.float32)
+    saved: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        loss = supcon_chunked(
+            features.requires_grad_(), labels, **{**OPTIONS, "temperature": temperature}
+        )
+        loss.backward()
+    assert largest.numel == max(batch * dim, chunk_size(batch, "cpu") ** 2)
+    assert batch * dim < sum(saved) < 3 * batch * dim
+    assert features.grad.isfinite().all()
+
+
+def test_kept_blocks_are_no_larger_than_the_features() -> None:
+    batch, dim = 600, 300
+    features, labels = random_batch(batch, dim, 5, torch.float32)
+    saved: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        supcon_chunked(features.requires_grad_(), labels, **OPTIONS)
+    assert batch * batch // 2 < sum(saved) < 4.5 * batch * dim
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_nothing_depends_on_data(options: dict[str, object], temperature: float) -> None:
+    """A fake tensor has no data: .item(), nonzero or a data-dependent shape would raise."""
+    options = {**options, "temperature": temperature}
+    with FakeTensorMode():
+        features = torch.empty(600, 8, requires_grad=True)
+        labels = torch.empty(600, dtype=torch.int64)
+        supcon_chunked(features, labels, **options).sum().backward()
+        assert features.grad.shape == (600, 8)
