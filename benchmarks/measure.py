@@ -13,6 +13,7 @@ time in milliseconds unless a name says otherwise.
 import csv
 import ctypes
 import gc
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +57,7 @@ COLUMNS = (
     *("benchmark", "case", "candidate", "metric", "unit", "value", "p20", "p80", "n"),
     *("threads", "device", "machine", "torch", "python", "commit", "date", "note", "config"),
 )
-_KEY = ("benchmark", "case", "candidate", "metric", "machine")
+_key = itemgetter("benchmark", "case", "candidate", "metric", "machine")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BUSY_CORES = 0.15
@@ -82,9 +84,16 @@ class Stats:
     @classmethod
     def of(cls, times_ms: Sequence[float], peak: tuple[float, str], note: str = "") -> Self:
         """Percentiles of `times_ms`, linear between neighbours; peak as `peak_memory` gives it."""
-        p20, p50, p80 = (float(p) for p in np.percentile(times_ms, (20, 50, 80)))
-        spread = {"p20_ms": p20, "median_ms": p50, "p80_ms": p80}
-        return cls(**spread, n=len(times_ms), peak_mib=peak[0], peak_kind=peak[1], note=note)
+        p20, median, p80 = np.percentile(times_ms, (20, 50, 80)).tolist()
+        return cls(
+            median_ms=median,
+            p20_ms=p20,
+            p80_ms=p80,
+            n=len(times_ms),
+            peak_mib=peak[0],
+            peak_kind=peak[1],
+            note=note,
+        )
 
 
 def synchronize_cuda() -> None:
@@ -119,17 +128,15 @@ def compare(
     next candidate, so that none always runs after the same one. Memory has a call of its own
     because measuring it disturbs the time. The caller pins threads (`pinned_threads`).
 
-    repeats: timed calls of each candidate. warmup: calls of each before those.
-    synchronize: waits for the device; called before the clock is read.
-    check_idle: gives the note of the result; default `idle_note`.
+    repeats: timed calls of each candidate. warmup: calls of each before those. synchronize: waits
+    for the device before the clock is read. check_idle: gives the note, default `idle_note`.
 
     Raises:
         ValueError: fewer than two candidates, or no timed call.
     """
-    if len(candidates) < 2:
-        raise ValueError(f"compare needs two or more candidates in one run, not {len(candidates)}")
-    if repeats < 1:
-        raise ValueError(f"compare needs repeats of 1 or more, not {repeats}")
+    if len(candidates) < 2 or repeats < 1:
+        given = f"{len(candidates)} and {repeats}"
+        raise ValueError(f"compare needs 2 or more candidates and 1 or more repeats, not {given}")
     note = (check_idle or idle_note)()
     names = tuple(candidates)
     for _ in range(warmup):
@@ -210,18 +217,16 @@ class Isolated:
 _ISOLATED_PROGRAM = """
 import importlib, json, sys, time
 def status_mib(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+    return int(open("/proc/self/status").read().split(field)[1].split()[0]) / 1024
 target, arguments, answer = sys.argv[1:]
 module, _, name = target.partition(":")
 function = getattr(importlib.import_module(module), name)
-base_mib = status_mib("VmRSS:")
+measured = {"base_mib": status_mib("VmRSS:")}
 start = time.perf_counter()
-value = function(**json.loads(arguments))
-seconds = time.perf_counter() - start
-with open(answer, "w") as file:
-    json.dump(dict(value=value, seconds=seconds, base_mib=base_mib,
-                   peak_mib=status_mib("VmHWM:")), file)
+measured["value"] = function(**json.loads(arguments))
+measured["seconds"] = time.perf_counter() - start
+measured["peak_mib"] = status_mib("VmHWM:")
+json.dump(measured, open(answer, "w"))
 """
 
 
@@ -236,19 +241,14 @@ def run_isolated(
 
     target: "module:function"; modules of this repository are found from any directory.
     arguments: its keyword arguments; they and the result travel as JSON.
-    threads: of OpenMP and MKL.
+    threads: of OpenMP, and so of torch.
 
     Raises:
         RuntimeError: the process failed; its traceback is on stderr.
         subprocess.TimeoutExpired: it took longer than `timeout_s`.
     """
-    search = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(search),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
+    search = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    variables = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         texts = (target, json.dumps(dict(arguments or {})), str(answer))
@@ -266,38 +266,34 @@ def idle_note(
 ) -> str:
     """Empty on an idle machine; else what keeps it busy, for a row's note, also sent to stderr.
 
-    Busy means that for `interval_s`, in which this process sleeps, all others together used more
-    than 15 % of one core. The load average is told but decides nothing: it remembers the run
-    before this one.
+    Busy means that in `interval_s`, while this process sleeps, more than 15 % of one core was in
+    use. The load average is told but decides nothing: it remembers the run before this one.
     """
     before = (proc / "stat").read_text()
     sleep(interval_s)
-    cores = _busy_cores(before, (proc / "stat").read_text())
+    cores = _cores_in_use(before, (proc / "stat").read_text())
     if cores <= _BUSY_CORES:
         return ""
     load = (proc / "loadavg").read_text().split()[0]
-    note = f"not idle: others used {cores:.2f} cores before the run, load {load}"
+    note = f"not idle: {cores:.2f} cores in use before the run, load {load}"
     print(f"warning: {note}", file=sys.stderr)
     return note
 
 
-def _busy_cores(before: str, after: str) -> float:
-    """Cores in use between two readings of /proc/stat; waiting for a disk counts as idle."""
-    first, last = (
-        [int(ticks) for ticks in text.splitlines()[0].split()[1:9]] for text in (before, after)
-    )
+def _cores_in_use(before: str, after: str) -> float:
+    """Between two readings of /proc/stat; what waits for a disk is idle, a stolen core in use."""
+    first, last = (map(int, text.split("\n")[0].split()[1:9]) for text in (before, after))
     spent = [end - start for start, end in zip(first, last, strict=True)]
-    _, _, _, idle, iowait, *_ = spent  # user nice system idle iowait irq softirq steal: proc(5)
-    num_cores = len(re.findall(r"^cpu\d+ ", after, re.MULTILINE))
-    return num_cores * (1 - (idle + iowait) / max(1, sum(spent))) if sum(spent) else 0.0
+    idle = spent[3] + spent[4]  # user nice system idle iowait irq softirq steal: proc(5)
+    num_cores = len(re.findall(r"^cpu\d", after, re.MULTILINE))
+    return num_cores * (sum(spent) - idle) / max(1, sum(spent))
 
 
 def environment() -> dict[str, str]:
     """The columns of a row that tell where it was measured: no host, no user, no path.
 
     machine: processor, cores this process may use, CUDA devices. commit: "+dirty" where anything
-    but results.csv and Markdown files differs from it; "unknown" outside a git checkout.
-    date: UTC.
+    but results.csv and Markdown files differs from it; "unknown" outside a checkout. date: UTC.
     """
     return {
         "machine": _machine(),
@@ -319,15 +315,15 @@ def _machine() -> str:
 def _commit() -> str:
     unlike = ("status", "--porcelain", "--", ":/", ":(exclude)*results.csv", ":(exclude)*.md")
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (("rev-parse", "--short", "HEAD"), unlike)
-        )
+        commit = _git("rev-parse", "--short", "HEAD")
+        return f"{commit}+dirty" if _git(*unlike) else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{commit}+dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def stats_rows(
@@ -338,15 +334,13 @@ def stats_rows(
     common: the other columns: benchmark, case, threads, device, config.
     """
     rows: list[dict[str, object]] = []
-    for name, s in stats.items():
-        time_cells = {"value": s.median_ms, "p20": s.p20_ms, "p80": s.p80_ms, "n": s.n}
-        memory_note = "; ".join(filter(None, (f"{s.peak_kind}, above the start", s.note)))
-        rows += [
-            {**common, "candidate": name, "metric": metric, "unit": "ms"}
-            | {**time_cells, "note": s.note},
-            {**common, "candidate": name, "metric": "peak memory", "unit": "MiB"}
-            | {"value": s.peak_mib, "n": 1, "note": memory_note},
-        ]
+    for name, one in stats.items():
+        timed = {"value": one.median_ms, "p20": one.p20_ms, "p80": one.p80_ms, "n": one.n}
+        shared = common | {"candidate": name}
+        rows.append(shared | {"metric": metric, "unit": "ms"} | timed | {"note": one.note})
+        note = f"{one.peak_kind}, above the start"
+        held = {"unit": "MiB", "value": one.peak_mib, "n": 1, "note": note}
+        rows.append(shared | {"metric": "peak memory"} | held)
     return rows
 
 
@@ -362,34 +356,27 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Put `rows` into the results.csv at `path`, each in the place of the row with its key, if any.
 
     The key is (benchmark, case, candidate, metric, machine): what else tells two rows apart
-    (threads, batch, device) belongs in `case`. Columns of `environment` are filled in; others that
-    a row lacks stay empty. Figures keep six digits; `config` is written as JSON.
+    (threads, batch, device) belongs in `case`. `environment` is filled in, other columns that a
+    row lacks stay empty, figures keep six digits, `config` becomes JSON.
 
     Raises:
+        KeyError: a column of the key is missing.
         ValueError: a column that is not in COLUMNS, or an absolute path in a cell.
     """
     here = environment()
-    merged = {_key(row): row for row in read_rows(path)}
-    for row in rows:
-        cells = _cells({**here, **row})
-        merged[_key(cells)] = cells
+    new = [_cells({**here, **row}) for row in rows]
+    merged = {_key(row): row for row in [*read_rows(path), *new]}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
-    partial.replace(path)
-
-
-def _key(row: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(row[column] for column in _KEY)
+    path.with_suffix(".partial").write_text(text.getvalue())
+    path.with_suffix(".partial").replace(path)
 
 
 def _cells(row: Mapping[str, object]) -> dict[str, str]:
-    if unknown := sorted(set(row) - set(COLUMNS)):
-        raise ValueError(f"a row has no column {', '.join(unknown)}; put it into config")
-    cells = {column: _cell(row.get(column, "")) for column in COLUMNS}
+    cells = {column: _cell(value) for column, value in row.items()}
     for column, cell in cells.items():
         if _ABSOLUTE_PATH.search(cell):
             raise ValueError(f"column {column} holds a path of this machine, {cell!r}; name it")
@@ -402,14 +389,10 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[Mapping[str, object]], console: Console | None = None) -> None:
-    """Print rows to stderr for a person: value, unit and spread; the note where there is one."""
-    shown = Table("case", "candidate", "metric", "value", "p20 - p80", "n", "note")
+def table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print rows to stderr for a person."""
+    columns = ("case", "candidate", "metric", "value", "unit", "p20", "p80", "n", "note")
+    shown = Table(*columns)
     for row in rows:
-        cells = {column: _cell(row.get(column, "")) for column in COLUMNS}
-        spread = f"{cells['p20']} - {cells['p80']}" if cells["p20"] else ""
-        names = (cells[column] for column in ("case", "candidate", "metric"))
-        shown.add_row(
-            *names, f"{cells['value']} {cells['unit']}", spread, cells["n"], cells["note"]
-        )
-    (console or Console(stderr=True, markup=False)).print(shown)
+        shown.add_row(*(_cell(row.get(column, "")) for column in columns))
+    Console(stderr=True, markup=False).print(shown)

@@ -20,24 +20,25 @@ __all__ = ["balanced_cnn", "paper_net", "small_vit", "text_lstm", "text_transfor
 
 
 def balanced_cnn(
-    num_stages: int = 2, blocks_per_stage: int = 2, width: int = 64, num_classes: int = 10
+    num_stages: int = 2, blocks_per_stage: int = 3, width: int = 64, num_classes: int = 10
 ) -> nn.Sequential:
     """A CNN whose `num_stages` equal runs of blocks cost the same: (B, 3, H, W) → (B, num_classes).
 
-    A 2x2 convolution with stride 2 (no more than 2 % of a stage), then num_stages x
-    blocks_per_stage blocks conv3x3-BN-ReLU that all map (B, width, H/2, W/2) to itself, then
-    global average pooling and a linear layer. H and W are even; 32x32 is meant, larger images
-    make a stage dearer. At 32x32, a batch of 128 and the default size, a training step takes
-    300 ms or more on one core.
+    A 2x2 convolution with stride 2, then num_stages x blocks_per_stage blocks conv3x3-BN-ReLU that
+    all map (B, width, H/2, W/2) to itself, then global average pooling and a linear layer. H and W
+    are even; 32x32 is meant, a larger image makes all stages dearer. At 32x32 and B = 128 a
+    training step of the default took 0.32 s on one core at 2.6 GHz.
+
+    The stem stays as it was drawn: were it trained, the first stage alone would compute a gradient
+    of its first block's input, a third of a block more than any other stage.
     """
-    blocks = [
-        (f"block{i}", _conv_block(width, width)) for i in range(num_stages * blocks_per_stage)
-    ]
+    stem = nn.Conv2d(3, width, 2, stride=2).requires_grad_(False)
+    num_blocks = num_stages * blocks_per_stage
     return nn.Sequential(
         OrderedDict(
             [
-                ("stem", nn.Conv2d(3, width, 2, stride=2)),
-                *blocks,
+                ("stem", stem),
+                *((f"block{index}", _conv_block(width, width)) for index in range(num_blocks)),
                 ("pool", nn.AdaptiveAvgPool2d(1)),
                 ("flatten", nn.Flatten()),
                 ("classifier", nn.Linear(width, num_classes)),

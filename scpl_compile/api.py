@@ -251,6 +251,13 @@ def _placement(devices: Sequence[str], num_stages: int) -> tuple[str, ...]:
     return tuple(devices[k * len(devices) // num_stages] for k in range(num_stages))
 
 
+def _output_shapes(found: Capture) -> tuple[int, ...] | list[Any]:
+    """What the model gives, for check_output: a shape, or a list where it is not one tensor."""
+    nodes = {node.name: node for node in found.graph.nodes}
+    shapes = [nodes[name].meta["tensor"].shape for name in found.outputs]
+    return shapes[0] if len(shapes) == 1 else shapes
+
+
 def _is_text(specs: Sequence[InputSpec]) -> bool:
     return not specs[0].dtype.startswith(("float", "bfloat"))
 

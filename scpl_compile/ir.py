@@ -331,13 +331,13 @@ def _read(hint: Any, data: Any, where: str) -> Any:
 
 
 def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
-    if data is None and type(None) in args:
+    """`X | None`, or a union of JSON's scalars."""
+    others = [arg for arg in args if arg is not type(None)]
+    if data is None and len(others) < len(args):
         return None
-    for arg in args:
-        if type(data) is arg:
-            return data
-    for arg in args:
-        if is_dataclass(arg):
-            return from_json(typing.cast(type[Any], arg), data, where)
-    names = " or ".join(getattr(arg, "__name__", str(arg)) for arg in args)
-    raise ProgramError(f"{where} must be {names}, not {_brief(data)}")
+    if len(others) == 1:
+        return _read(others[0], data, where)
+    if type(data) not in others:
+        names = " or ".join(arg.__name__ for arg in args)
+        raise ProgramError(f"{where} must be {names}, not {_brief(data)}")
+    return data

@@ -15,7 +15,11 @@ from scpl_compile.capture.graph import (
     tied_groups,
 )
 from scpl_compile.capture.modes import trace
-from scpl_compile.capture.normalize import read_attributes_at_use, unpack_containers
+from scpl_compile.capture.normalize import (
+    calls_with_parts,
+    read_attributes_at_use,
+    unpack_containers,
+)
 from scpl_compile.capture.run import run_graph
 from scpl_compile.capture.shapes import annotate
 from scpl_compile.errors import CaptureError
@@ -51,9 +55,8 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
     read_attributes_at_use(graph)
     unknown = frozenset(path for path, _ in opaque)
     first = run_graph(model, graph, inputs, batch_size, unknown)
-    parts, size = {}, len(graph.nodes)
     parts = unpack_containers(graph, {node: seen.value for node, seen in first.items()})
-    if len(graph.nodes) != size:
+    if parts:
         first = run_graph(model, graph, inputs, batch_size, unknown)
     second = run_graph(model, graph, inputs, batch_size + 1, unknown)
     annotate(graph, first, second, batch_size)
@@ -65,5 +68,5 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
         inputs=inputs,
         outputs=tuple(n.name for n in graph.find_nodes(op="output")[0].all_input_nodes),
         batch_size=batch_size,
-        calls=with_parts(traced.calls, parts),
+        calls=calls_with_parts(traced.calls, parts),
     )

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 
 from scpl_compile.ir import InputSpec
 
-__all__ = ["BATCH", "Capture", "ModuleCall"]
+__all__ = ["BATCH", "Capture", "ModuleCall", "blank_meta"]
 
 
 class _Batch:
@@ -78,3 +78,17 @@ class Capture:
     def compute_nodes(self) -> tuple[Node, ...]:
         """The nodes that compute something, in the order of execution."""
         return tuple(n for n in self.graph.nodes if n.op.startswith("call_"))
+
+
+def blank_meta(node: Node, scope: tuple[str, ...]) -> dict[str, Any]:
+    """The meta of a node that gives no tensor, and does nothing that must be known."""
+    return {
+        "scope": scope,
+        "kind": "other",
+        "tensor": None,
+        "alias": "",
+        "base": node.name,
+        "mutates": (),
+        "ops": (),
+        "random": False,
+    }

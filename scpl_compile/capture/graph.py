@@ -110,7 +110,9 @@ def _node_buffers(capture: Capture) -> dict[str, tuple[str, ...]]:
     held = {}
     for node in capture.compute_nodes:
         read = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        held[node.name] = tuple(n.target for n in read if n.meta["alias"] == "buffer" and n.meta["base"] in written)
+        held[node.name] = tuple(
+            n.target for n in read if n.meta["alias"] == "buffer" and n.meta["base"] in written
+        )
         if node.op == "call_module":
             module = capture.model.get_submodule(node.target)
             held[node.name] += tuple(names[id(b)] for b in module.buffers())

@@ -6,15 +6,18 @@ two tensors. Parameters and buffers do not cross: each user reads its own.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["is_field_read", "read_attributes_at_use", "unpack_containers"]
+from scpl_compile.capture.captured import ModuleCall
+
+__all__ = ["calls_with_parts", "is_field_read", "read_attributes_at_use", "unpack_containers"]
 
 
 def read_attributes_at_use(graph: Graph) -> None:
@@ -81,3 +84,22 @@ def _holds_tensors(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return False
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+def calls_with_parts(
+    calls: Mapping[str, ModuleCall], parts: Mapping[Node, Any]
+) -> dict[str, ModuleCall]:
+    """`calls` whose arguments name the parts of the containers that were taken apart."""
+
+    def taken_apart(value: Any) -> Any:
+        return map_aggregate(
+            value,
+            lambda item: (
+                taken_apart(parts[item]) if isinstance(item, Node) and item in parts else item
+            ),
+        )
+
+    return {
+        key: replace(call, args=taken_apart(call.args), kwargs=taken_apart(call.kwargs))
+        for key, call in calls.items()
+    }

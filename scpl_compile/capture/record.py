@@ -63,7 +63,7 @@ class OpRecorder(TorchDispatchMode):
     """Collects in `ops` the operations that run under it, without those that only make views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
 
     def __torch_dispatch__(

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from scpl_compile.capture.record import Op, OpRecorder
-from scpl_compile.capture.state import RandomState, preserved
+from scpl_compile.capture.state import host_random_state, preserved
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
@@ -108,6 +108,8 @@ class _Run:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self._recorder = OpRecorder()
         self._roles: dict[int, str] = {}
+        # Keys of memory are addresses: what they were taken from must live as long as the run.
+        self._alive: list[torch.Tensor] = []
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def through(self, graph: Graph) -> dict[Node, Seen]:
@@ -128,27 +130,27 @@ class _Run:
 
     def _node(self, node: Node, values: Mapping[Node, Any]) -> Seen:
         if node.op == "placeholder":
-            value = self._input(self._specs[node.target])
+            value = self._input(self._specs[str(node.target)])
             self._know(value, "input")
             return Seen(value=value, storages=tuple(self._storages(value)), alias="input")
         if node.op == "get_attr":
-            value = _attribute(self._model, node.target)
+            value = _attribute(self._model, str(node.target))
             return self._seen(value, None)
         args = map_arg(node.args, values.__getitem__)
         kwargs = map_arg(node.kwargs, values.__getitem__)
         versions = {n: _versions(values[n]) for n in node.all_input_nodes}
         unknown = node.op == "call_module" and node.target in self._opaque
-        before = RandomState.now() if unknown else None
+        before = host_random_state() if unknown else None
         self._recorder.ops = []
         try:
             value = self._call(node, args, kwargs)
         except Exception as error:
             raise _NodeFailed(node, _shapes((args, kwargs)), error) from error
         return replace(
-            self._seen(value, self._model.get_submodule(node.target) if unknown else None),
+            self._seen(value, self._model.get_submodule(str(node.target)) if unknown else None),
             mutates=tuple(n.name for n, old in versions.items() if _versions(values[n]) != old),
             ops=tuple(self._recorder.ops),
-            draws=before is not None and _host_draws(before, RandomState.now()),
+            draws=unknown and before != host_random_state(),
         )
 
     def _seen(self, value: Any, unknown: nn.Module | None) -> Seen:
@@ -164,9 +166,10 @@ class _Run:
 
     def _call(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
-            return self._model.get_submodule(node.target)(*args, **kwargs)
+            return self._model.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target), "call_function nodes hold the function"
         return node.target(*args, **kwargs)
 
     def _input(self, spec: InputSpec) -> torch.Tensor:
@@ -182,6 +185,7 @@ class _Run:
         for tensor in _tensors(value):
             if self._fake and not isinstance(tensor, FakeTensor):
                 tensor = self._fake.from_tensor(tensor)
+                self._alive.append(tensor)
             yield tensor.untyped_storage()._cdata
 
     def _keeps(self, value: torch.Tensor, module: nn.Module | None) -> bool:
@@ -202,10 +206,6 @@ def _versions(value: Any) -> list[int]:
     return [tensor._version for tensor in _tensors(value)]
 
 
-def _host_draws(before: RandomState, after: RandomState) -> bool:
-    return before.python != after.python or before.numpy != after.numpy
-
-
 def _attribute(model: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     return getattr(model.get_submodule(parent), name)
@@ -220,7 +220,7 @@ def _shapes(value: Any) -> str:
 def _error(failed: _NodeFailed, model: nn.Module, batch_size: int) -> CaptureError:
     node, scope = failed.node, failed.node.meta["scope"]
     if node.op == "call_module":
-        kind = type(model.get_submodule(node.target)).__name__
+        kind = type(model.get_submodule(str(node.target))).__name__
         where = f"module {node.target!r} ({kind})"
     else:
         name = getattr(node.target, "__name__", node.target)

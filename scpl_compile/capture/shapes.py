@@ -1,20 +1,20 @@
 """What every node of a graph gives: shape, batch dimension, memory, randomness (`node.meta`).
 
 The graph runs at two batch sizes. A dimension is the batch if it alone differs, and is the batch
-size in both runs. captured.py lists the keys that are written here.
+size in both runs. captured.py says what the keys mean.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from scpl_compile.capture.captured import BATCH
-from scpl_compile.capture.run import run_graph
-from scpl_compile.ir import InputSpec, TensorMeta
+from scpl_compile.capture.run import Seen
+from scpl_compile.ir import TensorMeta
 
-__all__ = ["infer_shapes"]
+__all__ = ["annotate"]
 
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel"})
@@ -22,38 +22,29 @@ _NO_RECIPE = object()
 _CONSTANT_TYPES = (bool, int, float, str, type(None), torch.dtype)
 
 
-def infer_shapes(
-    model: nn.Module,
-    graph: Graph,
-    inputs: tuple[InputSpec, ...],
-    batch_size: int,
-    opaque: frozenset[str],
+def annotate(
+    graph: Graph, first: Mapping[Node, Seen], second: Mapping[Node, Seen], batch_size: int
 ) -> None:
-    """Write the facts about each node into its meta; `model` stays as it was.
+    """Write what two runs saw into the meta of the nodes.
 
-    batch_size: of the shapes that are reported (samples; at least 2). The second run has one
-    sample more. opaque: paths of the modules that were kept whole.
-
-    Raises:
-        CaptureError: a node fails on these shapes.
+    first, second: of runs on `batch_size` and `batch_size + 1` samples; the shapes of the first
+    are reported.
     """
-    first = run_graph(model, graph, inputs, batch_size, opaque)
-    second = run_graph(model, graph, inputs, batch_size + 1, opaque)
     bases: dict[int, str] = {}
-    for node, seen in first.items():
-        value, other = seen.value, second[node].value
-        is_tensor = isinstance(value, torch.Tensor)
-        node.meta["kind"] = "tensor" if is_tensor else "other"
-        node.meta["tensor"] = _tensor_meta(value, other, batch_size) if is_tensor else None
-        node.meta["alias"] = seen.alias
+    for node in (n for n in graph.nodes if n.op != "output"):
+        seen, other = first[node], second[node].value
+        tensor = seen.value if isinstance(seen.value, torch.Tensor) else None
         for storage in seen.storages:
             bases.setdefault(storage, node.name)
-        node.meta["base"] = bases[seen.storages[0]] if is_tensor else node.name
+        node.meta["kind"] = "other" if tensor is None else "tensor"
+        node.meta["tensor"] = None if tensor is None else _tensor_meta(tensor, other, batch_size)
+        node.meta["alias"] = seen.alias
+        node.meta["base"] = node.name if tensor is None else bases[seen.storages[0]]
         node.meta["mutates"] = seen.mutates
         node.meta["ops"] = seen.ops
         node.meta["random"] = seen.draws or any(op.random for op in seen.ops)
-        if not is_tensor and _is_shape_query(node):
-            recipe = _recipe(value, other, batch_size)
+        if tensor is None and _is_shape_query(node):
+            recipe = _recipe(seen.value, other, batch_size)
             if recipe is not _NO_RECIPE:
                 node.meta["recipe"] = recipe
 

@@ -16,34 +16,33 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["ModelState", "RandomState", "preserved"]
+__all__ = ["ModelState", "RandomState", "host_random_state", "preserved"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomState:
     """The global random states of Python, numpy and torch (CPU)."""
 
-    python: Any
-    numpy: Any
+    host: tuple[Any, ...]
     torch: bytes
 
     @classmethod
     def now(cls) -> "RandomState":
         """The states as they are."""
-        name, keys, *rest = np.random.get_state(legacy=True)
-        tensor = torch.get_rng_state()
-        return cls(
-            python=random.getstate(),
-            numpy=(name, bytes(np.asarray(keys).data), *rest),
-            torch=bytes(tensor.numpy().data),
-        )
+        return cls(host=host_random_state(), torch=bytes(torch.get_rng_state().numpy().data))
 
     def restore(self) -> None:
         """Put the states back."""
-        random.setstate(self.python)
-        name, keys, *rest = self.numpy
+        python, name, keys, *rest = self.host
+        random.setstate(python)
         np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(torch.frombuffer(bytearray(self.torch), dtype=torch.uint8))
+
+
+def host_random_state() -> tuple[Any, ...]:
+    """The global random states of Python and numpy, to compare."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (random.getstate(), name, bytes(np.asarray(keys).data), *rest)
 
 
 @dataclass(slots=True)

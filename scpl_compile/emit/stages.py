@@ -1,10 +1,11 @@
 """The text of stages.py: one class per stage, build_model() and build_trainer()."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 
-from scpl_compile.capture import Capture
+from scpl_compile.capture import BATCH, Capture
 from scpl_compile.emit.expressions import (
     Imports,
     attribute_path,
@@ -13,7 +14,7 @@ from scpl_compile.emit.expressions import (
     statement,
     variable_names,
 )
-from scpl_compile.errors import context
+from scpl_compile.errors import EmitError, context
 from scpl_compile.ir import Crossing, LocalLoss, ModelSource, Plan, Stage
 from scpl_compile.methods.plan import stage_paths
 from scpl_compile.version import __version__
@@ -128,6 +129,7 @@ class _StageWriter:
     ) -> None:
         self.plan = plan
         self.stage = stage
+        self.stage_of = stage_of
         self.imports = imports
         self.nodes = [n for n in capture.graph.nodes if stage_of.get(n.name) == stage.index]
         self.by_name = {n.name: n for n in capture.graph.nodes}
@@ -200,8 +202,27 @@ class _StageWriter:
     def _read(self, node: fx.Node) -> str:
         if node.op == "get_attr":
             return f"self{attribute_path(str(node.target))}"
+        if "recipe" in node.meta and self.stage_of.get(node.name) != self.stage.index:
+            return self._recomputed(node.meta["recipe"])
         name = self.names[node.name]
         return f"self.stop({name})" if node.name == self.stop_at else name
+
+    def _recomputed(self, recipe: Any) -> str:
+        """A size that another stage computed, from what this stage has."""
+        if recipe is BATCH:
+            name, dim = self._sized_input()
+            return f"{self.names[name]}.shape[{dim}]"
+        if isinstance(recipe, tuple):
+            items = ", ".join(self._recomputed(item) for item in recipe)
+            return f"({items},)" if len(recipe) == 1 else f"({items})"
+        return constant(recipe, self.imports, str)
+
+    def _sized_input(self) -> tuple[str, int]:
+        """An input of this stage with a batch dimension, and that dimension."""
+        for crossing in self.plan.cuts[self.stage.index - 1].crossings:
+            if crossing.meta.batch_dim is not None:
+                return crossing.name, crossing.meta.batch_dim
+        raise EmitError("no tensor that crosses into it has a batch dimension")
 
     def _training_step(self) -> list[str]:
         result = "tuple[tuple[Tensor, ...], dict[str, Tensor]]"

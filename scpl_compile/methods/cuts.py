@@ -34,11 +34,10 @@ def cut_problem(
     candidates = cut_candidates(capture)
     largest = max((candidate_nbytes(c, capture) for c in candidates), default=0) or 1
     for candidate, (before, after) in zip(candidates, pairwise(nodes), strict=True):
-        reason: str | None = candidate.reason
+        reason = candidate.reason or None
         head_us = 0.0
         num_gradients = 1
-        if candidate.is_allowed:
-            reason = None
+        if candidate.allowed:
             try:
                 view = candidate_view(candidate.crossing, capture, num_classes)
                 num_gradients = len(view.sends)
@@ -75,7 +74,8 @@ def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
 def candidate_nbytes(candidate: CutCandidate, capture: Capture) -> int:
     """Bytes that a cut there would send."""
     by_name = {node.name: node.meta.get("tensor") for node in capture.graph.nodes}
-    return sum(meta.nbytes for name in candidate.crossing if (meta := by_name[name]) is not None)
+    names = (*candidate.crossing, *candidate.inputs)
+    return sum(meta.nbytes for name in names if (meta := by_name[name]) is not None)
 
 
 def _open_modules(before: fx.Node, after: fx.Node) -> int:

@@ -5,6 +5,9 @@ stage speaks with its two neighbours only::
 
     stage 0      stage 1      stage 2
     h, mask ──▶  h2, mask ──▶ …            mask: a raw input that stage 2 reads
+
+Parameters do not cross (their readers share a stage), nor do sizes that any stage can compute again
+(node.meta["recipe"]).
 """
 
 from collections.abc import Mapping
@@ -63,7 +66,7 @@ def find_flow(
         if stage is None:
             continue
         for source in node.all_input_nodes:
-            if source.op != "get_attr":
+            if source.op != "get_attr" and "recipe" not in source.meta:
                 readers.setdefault(source.name, set()).add(stage)
     crossings: list[list[Crossing]] = [[] for _ in range(num_stages - 1)]
     for node in capture.graph.nodes:

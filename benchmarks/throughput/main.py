@@ -1,0 +1,174 @@
+"""How fast the schedules train: `python benchmarks/throughput/main.py [--quick]`.
+
+Two stages on two cores, one thread per stage, no loader in the run. Candidates in turn within one
+run: stream, in_step, sequential, plain backpropagation in one process with two threads, and each
+stage alone (its forward, backward and update on recorded inputs, the other core idle).
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measure import (  # noqa: E402
+    Stats,
+    compare,
+    pinned_threads,
+    stats_rows,
+    table,
+    write_rows,
+)
+from benchmarks.models import balanced_cnn, small_vit  # noqa: E402
+from scpl_compile import Program, compile_model  # noqa: E402
+
+STEPS = 8  # per timed call: the pipeline's filling and draining is one step of K - 1
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "balanced_cnn": (balanced_cnn, (3, 32, 32), 128),
+    "resnet18": (lambda: _resnet18(), (3, 64, 64), 32),
+    "small_vit": (small_vit, (3, 32, 32), 64),
+}
+
+
+def _resnet18() -> nn.Module:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few repeats, nothing written")
+    parser.add_argument("--case", choices=CASES, action="append")
+    options = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for name in options.case or CASES:
+        rows += run_case(name, repeats=3 if options.quick else 9)
+    table(rows)
+    if not options.quick:
+        write_rows(Path(__file__).with_name("results.csv"), rows)
+
+
+def run_case(name: str, repeats: int) -> list[dict[str, object]]:
+    """The rows of one model: milliseconds per step of every candidate, and the ratios."""
+    build, shape, batch_size = CASES[name]
+    torch.manual_seed(0)
+    inputs = torch.randn(batch_size, *shape)
+    labels = torch.randint(10, (batch_size,))
+    program = compile_model(
+        build(), inputs, num_classes=10, num_stages=2, threads_per_stage=1, devices=("cpu", "cpu")
+    )
+    with candidates(program, inputs, labels) as runs:
+        stats = {
+            key: _per_step(one) for key, one in compare(runs, repeats=repeats, warmup=1).items()
+        }
+    config = {"batch": batch_size, "input": list(shape), "steps_per_call": STEPS, "stages": 2}
+    common: dict[str, Any] = {
+        "benchmark": "throughput", "case": name, "threads": 1, "device": "cpu", "config": config,
+    }  # fmt: skip
+    return [*stats_rows(stats, **common), *_ratios(stats, common)]
+
+
+def _per_step(stats: Stats) -> Stats:
+    return Stats(
+        median_ms=stats.median_ms / STEPS,
+        p20_ms=stats.p20_ms / STEPS,
+        p80_ms=stats.p80_ms / STEPS,
+        n=stats.n,
+        peak_mib=stats.peak_mib,
+        peak_kind=stats.peak_kind,
+        note=stats.note,
+    )
+
+
+def _ratios(stats: dict[str, Stats], common: dict[str, Any]) -> list[dict[str, object]]:
+    stream = stats["stream"].median_ms
+    slower = max(stats["stage 0 alone"].median_ms, stats["stage 1 alone"].median_ms)
+    ratios = {
+        "stream over sequential": stats["sequential"].median_ms / stream,
+        "stream over in_step": stats["in_step"].median_ms / stream,
+        "stream over backpropagation": stats["backpropagation, 2 threads"].median_ms / stream,
+        "stream's share of the slower stage's rate": slower / stream,
+    }
+    shared = common | {"metric": "ratio of medians", "unit": "x", "n": stats["stream"].n}
+    return [shared | {"candidate": key, "value": value} for key, value in ratios.items()]
+
+
+@contextmanager
+def candidates(
+    program: Program, inputs: Tensor, labels: Tensor
+) -> Iterator[dict[str, Callable[[], object]]]:
+    """STEPS training steps of every candidate, each on models of its own."""
+    trainers = {
+        schedule: program.trainer(schedule=schedule, threads_per_stage=1)
+        for schedule in ("stream", "in_step", "sequential")
+    }
+
+    def train(schedule: str) -> None:
+        for _ in range(STEPS):
+            trainers[schedule].step(inputs, labels)
+        trainers[schedule].drain()
+        trainers[schedule].losses()
+
+    runs: dict[str, Callable[[], object]] = {
+        schedule: lambda schedule=schedule: train(schedule)  # type: ignore[misc]
+        for schedule in trainers
+    }
+    runs["backpropagation, 2 threads"] = _backpropagation(program.model, inputs, labels)
+    for k in range(program.plan.num_stages):
+        runs[f"stage {k} alone"] = _alone(program, k, inputs, labels)
+    try:
+        yield runs
+    finally:
+        for trainer in trainers.values():
+            trainer.close()
+
+
+def _backpropagation(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def run() -> None:
+        with pinned_threads(2):
+            for _ in range(STEPS):
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _alone(program: Program, k: int, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
+    """Stage k on recorded inputs, in this thread."""
+    trainer = program.trainer(schedule="sequential", threads_per_stage=1)
+    values = {program.plan.inputs[0].name: inputs}
+    for stage in trainer._stages[:k]:
+        stage.receive(0, values, labels, None)
+        stage.forward(0)
+        values, _, _ = stage.outgoing(0)
+    stage = trainer._stages[k]
+    trainer.close()
+
+    def run() -> None:
+        with pinned_threads(1):
+            for step in range(STEPS):
+                stage.receive(step, values, labels, None)
+                stage.forward(step)
+                stage.backward(step)
+                stage.update(step)
+            stage.take_losses()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
