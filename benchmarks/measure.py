@@ -390,8 +390,8 @@ def _cell(value: object) -> str:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows to stderr for a person."""
-    columns = ("case", "candidate", "metric", "value", "unit", "p20", "p80", "n", "note")
+    """Print rows to stderr for a person; what a note warns of stands there already."""
+    columns = ("case", "candidate", "metric", "value", "unit", "p20", "p80", "n")
     shown = Table(*columns)
     for row in rows:
         shown.add_row(*(_cell(row.get(column, "")) for column in columns))

@@ -191,35 +191,35 @@ def test_an_isolated_call_that_fails_is_named() -> None:
 
 # the machine
 
-STAT = "cpu  {} 0 50 {} 10 0 0 {} 7 0\ncpu0 1 0 25 500 5 0 0 0 0 0\ncpu1 1 0 25 500 5 0 0 0 0 0\n"
+STAT = "cpu  {} 0 50 {} {} 0 0 {} 7 0\ncpu0 1 0 25 500 5 0 0 0 0 0\ncpu1 1 0 25 500 5 0 0 0 0 0\n"
 
 
 @pytest.fixture
 def note_of(tmp_path: Path) -> Callable[..., str]:
-    """The note when 100 ticks pass on two cores, of which some are used or stolen."""
+    """The note after 100 ticks on two cores, some of them used, stolen or spent waiting."""
 
-    def note(*, user: int, stolen: int = 0) -> str:
+    def note(*, user: int = 0, stolen: int = 0, waiting: int = 0) -> str:
         def pass_time(seconds: float) -> None:
             assert seconds == 0.5
-            idle = 1000 + 100 - user - stolen
-            (tmp_path / "stat").write_text(STAT.format(200 + user, idle, stolen))
+            idle = 1000 + 100 - user - stolen - waiting
+            (tmp_path / "stat").write_text(STAT.format(200 + user, idle, 10 + waiting, stolen))
 
-        (tmp_path / "stat").write_text(STAT.format(200, 1000, 0))
+        (tmp_path / "stat").write_text(STAT.format(200, 1000, 10, 0))
         (tmp_path / "loadavg").write_text("1.25 0.50 0.25 2/345 6789\n")
         return idle_note(tmp_path, sleep=pass_time)
 
     return note
 
 
-@pytest.mark.parametrize("user", [0, 7])
+@pytest.mark.parametrize("ticks", [{}, {"user": 7}, {"waiting": 50}])
 def test_up_to_15_percent_of_one_core_is_idle(
-    note_of: Callable[..., str], capsys: pytest.CaptureFixture[str], user: int
+    note_of: Callable[..., str], capsys: pytest.CaptureFixture[str], ticks: dict[str, int]
 ) -> None:
-    assert note_of(user=user) == ""  # 7 of 100 ticks on two cores: 0.14 cores
+    assert note_of(**ticks) == ""  # 7 of 100 ticks on two cores: 0.14 cores
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("ticks", [{"user": 8}, {"user": 0, "stolen": 8}])
+@pytest.mark.parametrize("ticks", [{"user": 8}, {"stolen": 8}])
 def test_more_is_noted_and_warned_of(
     note_of: Callable[..., str], capsys: pytest.CaptureFixture[str], ticks: dict[str, int]
 ) -> None:

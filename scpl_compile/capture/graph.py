@@ -78,7 +78,7 @@ def tied_groups(capture: Capture) -> dict[str, str]:
     links = nx.Graph()
     for name, nodes in holders.items():
         links.add_edges_from(((node, nodes[0]) for node in nodes[1:]), shared=name)
-    groups = {}
+    groups: dict[str, str] = {}
     for members in nx.connected_components(links):
         order = [n.name for n in capture.compute_nodes if n.name in members]
         shared = [name for name, nodes in holders.items() if len(nodes) > 1 and nodes[0] in members]
@@ -97,10 +97,10 @@ def node_parameters(capture: Capture) -> dict[str, tuple[str, ...]]:
 
 def _parameters(model: nn.Module, node: Node) -> Iterator[nn.Parameter]:
     if node.op == "call_module":
-        yield from model.get_submodule(node.target).parameters()
+        yield from model.get_submodule(str(node.target)).parameters()
     for source in node.all_input_nodes:
         if source.op == "get_attr" and source.meta["alias"] == "parameter":
-            yield model.get_parameter(source.target)
+            yield model.get_parameter(str(source.target))
 
 
 def _node_buffers(capture: Capture) -> dict[str, tuple[str, ...]]:
@@ -111,10 +111,10 @@ def _node_buffers(capture: Capture) -> dict[str, tuple[str, ...]]:
     for node in capture.compute_nodes:
         read = [n for n in node.all_input_nodes if n.op == "get_attr"]
         held[node.name] = tuple(
-            n.target for n in read if n.meta["alias"] == "buffer" and n.meta["base"] in written
+            str(n.target) for n in read if n.meta["alias"] == "buffer" and n.meta["base"] in written
         )
         if node.op == "call_module":
-            module = capture.model.get_submodule(node.target)
+            module = capture.model.get_submodule(str(node.target))
             held[node.name] += tuple(names[id(b)] for b in module.buffers())
     return held
 

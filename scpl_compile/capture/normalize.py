@@ -43,40 +43,49 @@ def unpack_containers(graph: Graph, values: Mapping[Node, Any]) -> dict[Node, An
     Gives, for each tuple or list that was used whole, the nodes of its parts in its place.
     """
     parts: dict[Node, Any] = {}
-    for node in list(graph.nodes):
-        if node.op.startswith("call_") and _holds_tensors(values[node]):
-            _unpack(graph, node, values[node], parts)
+    pending = [(n, values[n]) for n in graph.nodes if n.op.startswith("call_")]
+    for node, value in pending:
+        if not _holds_tensors(value):
+            continue
+        reads = [user for user in node.users if is_field_read(user)]
+        for read in reversed(reads):
+            _move_after(node, read)
+        whole = [user for user in node.users if user not in reads]
+        if whole and type(value) in (tuple, list):
+            items, made = _read_all(graph, node, value, reads)
+            parts[node] = type(value)(items)
+            pending += [(read, value[read.args[1]]) for read in made]
+            for user in whole:
+                _replace_argument(user, node, parts[node])
     return parts
 
 
-def _unpack(graph: Graph, node: Node, value: Any, parts: dict[Node, Any]) -> None:
-    reads = [user for user in node.users if is_field_read(user)]
-    for read in reversed(reads):
-        node.append(read)
-        read.meta["scope"] = node.meta["scope"]
-    whole = [user for user in node.users if not is_field_read(user)]
-    if not whole or type(value) not in (tuple, list):
-        return
-    read_of = {read.args[1]: read for read in reversed(reads)}
-    items: list[Any] = []
-    last = node
+def _read_all(
+    graph: Graph, node: Node, value: Any, reads: list[Node]
+) -> tuple[list[Any], list[Node]]:
+    """A read of every item of `value`, which `node` gives, and those of them that are new."""
+    read_of = {read.args[1]: read for read in reads}
+    items, made = [], []
     for index, item in enumerate(value):
-        if item is None:
-            items.append(None)
-            continue
-        read = read_of.get(index)
-        if read is None:
-            with graph.inserting_after(last):
-                read = graph.call_function(getitem, (node, index))
-            read.meta["scope"] = node.meta["scope"]
-            if _holds_tensors(item):
-                _unpack(graph, read, item, parts)
-        last = read
-        items.append(parts.get(read, read))
-    parts[node] = type(value)(items)
-    for user in whole:
-        user.args = map_arg(user.args, lambda n: parts[node] if n is node else n)
-        user.kwargs = map_arg(user.kwargs, lambda n: parts[node] if n is node else n)
+        if item is not None and index not in read_of:
+            with graph.inserting_after(node):
+                read_of[index] = graph.call_function(getitem, (node, index))
+            made.append(read_of[index])
+        items.append(None if item is None else read_of[index])
+    for read in reversed(items):
+        if read is not None:
+            _move_after(node, read)
+    return items, made
+
+
+def _move_after(node: Node, read: Node) -> None:
+    node.append(read)
+    read.meta["scope"] = node.meta["scope"]
+
+
+def _replace_argument(user: Node, old: Node, new: Any) -> None:
+    user.args = map_arg(user.args, lambda n: new if n is old else n)
+    user.kwargs = map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -34,12 +34,11 @@ def annotate(
     for node in (n for n in graph.nodes if n.op != "output"):
         seen, other = first[node], second[node].value
         tensor = seen.value if isinstance(seen.value, torch.Tensor) else None
-        for storage in seen.storages:
-            bases.setdefault(storage, node.name)
         node.meta["kind"] = "other" if tensor is None else "tensor"
         node.meta["tensor"] = None if tensor is None else _tensor_meta(tensor, other, batch_size)
         node.meta["alias"] = seen.alias
-        node.meta["base"] = node.name if tensor is None else bases[seen.storages[0]]
+        shared = () if tensor is None else seen.storages
+        node.meta["base"] = next((bases.setdefault(key, node.name) for key in shared), node.name)
         node.meta["mutates"] = seen.mutates
         node.meta["ops"] = seen.ops
         node.meta["random"] = seen.draws or any(op.random for op in seen.ops)

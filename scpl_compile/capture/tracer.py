@@ -176,21 +176,21 @@ class _AutoLeafTracer(Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Placeholders for the declared inputs; every other parameter keeps its default."""
-        proxies = {
-            spec.name: self.create_proxy(
-                "placeholder",
-                spec.name,
-                (),
-                {},
-                proxy_factory_fn=lambda node, spec=spec: InputProxy(node, self, spec.shape),
-            )
-            for spec in self._inputs
-        }
+        proxies = {spec.name: self._placeholder(spec) for spec in self._inputs}
 
         def forward(root: nn.Module) -> Any:
             return root_fn(root, **proxies)
 
         return forward, [self.root]
+
+    def _placeholder(self, spec: InputSpec) -> Proxy:
+        return self.create_proxy(
+            "placeholder",
+            spec.name,
+            (),
+            {},
+            proxy_factory_fn=lambda node: InputProxy(node, self, spec.shape),
+        )
 
     # --- modules
 
@@ -350,8 +350,8 @@ def _recorded_factories(tracer: _AutoLeafTracer) -> Iterator[None]:
 def _single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
     """The graph of a model that is itself one module of torch.nn: one call of it."""
     graph = Graph()
-    placeholders = {spec.name: graph.placeholder(spec.name) for spec in inputs}
-    call = graph.create_node("call_module", "", (), placeholders, name="model")
+    kwargs: dict[str, Any] = {spec.name: graph.placeholder(spec.name) for spec in inputs}
+    call = graph.create_node("call_module", "", (), kwargs, name="model")
     graph.output(call)
     for node in graph.nodes:
         node.meta["scope"] = ()

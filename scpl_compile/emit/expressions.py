@@ -72,7 +72,8 @@ def variable_names(nodes: Iterable[fx.Node]) -> dict[str, str]:
     used: set[str] = set(_RESERVED)
     names = {}
     for node in nodes:
-        name = re.sub(r"\W", "_", node.name)
+        text = str(node.target) if node.op == "placeholder" else node.name
+        name = re.sub(r"\W", "_", text)
         while name in used or keyword.iskeyword(name) or hasattr(builtins, name):
             name += "_"
         used.add(name)

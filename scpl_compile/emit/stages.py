@@ -16,6 +16,7 @@ from scpl_compile.emit.expressions import (
 )
 from scpl_compile.errors import EmitError, context
 from scpl_compile.ir import Crossing, LocalLoss, ModelSource, Plan, Stage
+from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
 from scpl_compile.version import __version__
 
@@ -134,6 +135,8 @@ class _StageWriter:
         self.nodes = [n for n in capture.graph.nodes if stage_of.get(n.name) == stage.index]
         self.by_name = {n.name: n for n in capture.graph.nodes}
         self.names = variable_names(n for n in capture.graph.nodes if n.op != "output")
+        inputs = capture.graph.find_nodes(op="placeholder")
+        self.names |= {value_name(n): self.names[n.name] for n in inputs}
         stops = (loss.options.get("stop_at") for loss in stage.losses)
         self.stop_at = next((str(stop) for stop in stops if stop), "")
         if self.stop_at:
@@ -185,7 +188,9 @@ class _StageWriter:
     def _forward(self) -> list[str]:
         result = "Tensor" if len(self.stage.outputs) == 1 else "tuple[Tensor, ...]"
         lines = self._signature("forward", result)
-        written = {name for node in self.nodes for name in node.meta.get("mutates", ())}
+        written = {
+            value_name(self.by_name[name]) for node in self.nodes for name in node.meta["mutates"]
+        }
         if self.stage.index:
             for name in self.stage.inputs:
                 if name in written:

@@ -18,7 +18,7 @@ from torch import fx
 from scpl_compile.capture import Capture
 from scpl_compile.ir import Crossing, TensorMeta
 
-__all__ = ["Flow", "find_flow", "meta_of"]
+__all__ = ["Flow", "find_flow", "meta_of", "value_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,11 @@ def meta_of(node: fx.Node) -> TensorMeta | None:
     return meta
 
 
+def value_name(node: fx.Node) -> str:
+    """The name of what `node` gives; torch.fx renames an input that is called `input`."""
+    return str(node.target) if node.op == "placeholder" else node.name
+
+
 def find_flow(
     capture: Capture, stage_of: Mapping[str, int], extra_reads: Mapping[str, set[int]]
 ) -> Flow:
@@ -62,28 +67,29 @@ def find_flow(
     for node in capture.graph.nodes:
         stage = num_stages - 1 if node.op == "output" else stage_of.get(node.name)
         if node.op == "output":
-            output = node.all_input_nodes[0].name
+            output = value_name(node.all_input_nodes[0])
         if stage is None:
             continue
         for source in node.all_input_nodes:
             if source.op != "get_attr" and "recipe" not in source.meta:
-                readers.setdefault(source.name, set()).add(stage)
+                readers.setdefault(value_name(source), set()).add(stage)
     crossings: list[list[Crossing]] = [[] for _ in range(num_stages - 1)]
     for node in capture.graph.nodes:
-        if node.name not in readers:
+        name = value_name(node)
+        if name not in readers:
             continue
         is_input = node.op == "placeholder"
         producer = -1 if is_input else stage_of[node.name]
-        last = max(readers[node.name])
+        last = max(readers[name])
         meta = meta_of(node)
         for i in range(max(producer, 0), last):
             assert meta is not None, f"{node.name} crosses a cut and is no tensor"
             crossings[i].append(
                 Crossing(
-                    name=node.name,
+                    name=name,
                     meta=meta,
                     producer=producer,
-                    consumers=tuple(sorted(k for k in readers[node.name] if k > i)),
+                    consumers=tuple(sorted(k for k in readers[name] if k > i)),
                     alias="input" if is_input else node.meta.get("alias", ""),
                 )
             )

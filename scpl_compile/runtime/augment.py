@@ -21,6 +21,7 @@ AUGMENTS = ("none", "basic", "strong")
 
 _PADDING = 8  # crop from an image padded by 1/8 of its size on every side: 4 at 32
 _STRENGTHS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+_AT_A_TIME = 2**19  # values
 _JITTER_CHANCE, _GRAY_CHANCE = 0.8, 0.2
 
 
@@ -51,7 +52,7 @@ def augment(images: Tensor, how: str, generator: torch.Generator, *, mirror: boo
 
 
 def _to_float(images: Tensor) -> Tensor:
-    return images.to(torch.float32) / 255
+    return images.to(torch.float32).div_(255)
 
 
 def crop_and_mirror(images: Tensor, generator: torch.Generator, *, mirror: bool) -> Tensor:
@@ -82,10 +83,13 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     is_changed = torch.rand(num, generator=generator) < _JITTER_CHANCE
     is_gray = torch.rand(num, generator=generator) < _GRAY_CHANCE
     result = images.clone()
-    for turn in order.unbind(1):
-        for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            rows = (is_changed & (turn == number)).nonzero().squeeze(1)
-            result[rows] = change(result[rows], factors[rows, number].view(-1, 1, 1, 1))
+    # A few images at a time: temporaries that fit the cache are twice as fast at 224x224.
+    for few in torch.arange(num).split(max(1, _AT_A_TIME // images[0].numel())):
+        for turn in order[few].unbind(1):
+            for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+                if len(rows := few[is_changed[few] & (turn == number)]):
+                    factor = factors[rows, number].view(-1, 1, 1, 1)
+                    result[rows] = change(result[rows], factor)
     result[is_gray] = luminance(result[is_gray]).expand(-1, images.shape[1], -1, -1)
     return result
 

@@ -81,8 +81,8 @@ class Loader:
         """Batches of one epoch."""
         if self.num_batches == 0:
             raise DataError(
-                f"{splits.name} has {num_samples} training samples and drop_last leaves no batch of "
-                f"{batch_size}; take a smaller batch"
+                f"{splits.name} has {num_samples} training samples, no whole batch of "
+                f"{batch_size}; take a smaller batch, or keep the last one"
             )
         self._order = lru_cache(maxsize=2)(self._make_order)
 

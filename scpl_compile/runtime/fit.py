@@ -78,10 +78,10 @@ class ImageFit:
         return F.interpolate(images, size=self.shape[1:], mode="bilinear", antialias=True)
 
     def finish(self, images: Tensor) -> Tensor:
-        """Float (B, C, H, W) in 0 … 1 to (B, *spec.shape) in the model's dtype, normalised."""
+        """Float (B, C, H, W) in 0 … 1 to (B, *spec.shape) in the model's dtype, normalised in place."""
         if self.shape[0] == 1:
             images = luminance(images)
-        images = (images - self.mean) / self.std
+        images = images.sub_(self.mean).div_(self.std)
         images = images.expand(-1, self.shape[0], -1, -1)
         fitted: Tensor = images.reshape(-1, *self.spec.shape)
         return fitted.to(getattr(torch, self.spec.dtype)).contiguous()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,8 @@ SPLIT_SEED = 0
 _VALIDATION_SHARE, _TEST_SHARE = 0.1, 0.2
 _STATISTICS_IMAGES = 1000
 """Images on disk that are decoded for mean and std; of images in memory all are read."""
+
+_AT_A_TIME = 2**20  # pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +204,7 @@ def channel_statistics(
     total = torch.zeros(images.shape[1], dtype=torch.int64)
     squares = torch.zeros_like(total)
     count = 0
-    for chunk in rows.split(1024):
+    for chunk in rows.split(max(1, _AT_A_TIME // prod(images.shape[1:]))):
         pixels = images[chunk].transpose(0, 1).flatten(1).to(torch.int32)
         total += pixels.sum(1)
         squares += pixels.square().sum(1)
