@@ -23,18 +23,30 @@ __all__ = ["DEVICES", "DeviceSpec", "Work", "node_costs", "op_cost", "op_work"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
-    """What one device reaches in float32: rates per second, and microseconds per operation."""
+    """What one device reaches in float32.
+
+    Rates are per second, launch_us is the cost of starting an operation. filter_passes: how often
+    the filters of a convolution go through memory to be laid out anew, (forward, backward); on a
+    CPU this outweighs the arithmetic of the last layers of a ResNet on small images.
+    """
 
     name: str
     flops_per_s: float
     bytes_per_s: float
     launch_us: float
+    filter_passes: tuple[float, float] = (0.0, 0.0)
 
 
 DEVICES: Final[Mapping[str, DeviceSpec]] = MappingProxyType(
     {
         # One core of a server CPU with AVX-512, one thread: fitted to measured modules.
-        "cpu": DeviceSpec(name="cpu", flops_per_s=120e9, bytes_per_s=10e9, launch_us=5.0),
+        "cpu": DeviceSpec(
+            name="cpu",
+            flops_per_s=170e9,
+            bytes_per_s=12e9,
+            launch_us=5.0,
+            filter_passes=(1.0, 4.0),
+        ),
         # A100: half of the data sheet's 156 Tflop/s in TF32, 80 % of its 1.55 TB/s.
         "cuda": DeviceSpec(name="cuda", flops_per_s=78e12, bytes_per_s=1.24e12, launch_us=5.0),
     }
@@ -47,7 +59,7 @@ class Work:
 
     flops: additions and multiplications of matrix products and convolutions, forward.
     arithmetic: what counts against the device's peak: flops, more where kernels are slow.
-    nbytes: bytes read and written.
+    nbytes: bytes read and written. filter_nbytes: of a convolution's filters.
     """
 
     flops: int
@@ -55,6 +67,19 @@ class Work:
     nbytes: float
     backward_arithmetic: float
     backward_nbytes: float
+    filter_nbytes: int = 0
+
+    def forward_us(self, device: DeviceSpec) -> float:
+        """Microseconds forward."""
+        relayout = device.filter_passes[0] * self.filter_nbytes / device.bytes_per_s
+        return op_cost(self.arithmetic, self.nbytes, device) + 1e6 * relayout
+
+    def backward_us(self, device: DeviceSpec) -> float:
+        """Microseconds backward."""
+        if not self.backward_arithmetic and not self.backward_nbytes:
+            return 0.0
+        relayout = device.filter_passes[1] * self.filter_nbytes / device.bytes_per_s
+        return op_cost(self.backward_arithmetic, self.backward_nbytes, device) + 1e6 * relayout
 
 
 def op_cost(flops: float, nbytes: float, device: DeviceSpec) -> float:
@@ -75,8 +100,8 @@ def node_costs(capture: Capture, device: DeviceSpec = DEVICES["cpu"]) -> dict[st
     costs = {}
     for node in capture.compute_nodes:
         works = [op_work(op) for op in node.meta["ops"]]
-        forward = sum(op_cost(w.arithmetic, w.nbytes, device) for w in works)
-        backward = sum(op_cost(w.backward_arithmetic, w.backward_nbytes, device) for w in works)
+        forward = sum(work.forward_us(device) for work in works)
+        backward = sum(work.backward_us(device) for work in works)
         meta = node.meta["tensor"]
         costs[node.name] = NodeCost(
             name=node.name,
@@ -136,8 +161,24 @@ def _convolution(op: Op) -> Work:
     else:
         channels, per_group = data.shape[1], weight.shape[1]
         groups = channels // per_group
-    slowness = max(1.0, _NARROW_GROUP / per_group) if groups > 1 else 1.0
-    return _product(op, flops, (data, weight), slowness)
+    work = _product(op, flops, (data, weight))
+    forward, backward = _convolution_slowness(prod(filters.shape[2:]), groups, weight)
+    return replace(
+        work,
+        arithmetic=work.arithmetic * forward,
+        backward_arithmetic=work.backward_arithmetic * backward,
+        filter_nbytes=weight.nbytes,
+    )
+
+
+def _convolution_slowness(positions: int, groups: int, weight: OpTensor) -> tuple[float, float]:
+    """How much slower than the peak a convolution is, forward and backward (fitted)."""
+    if groups == 1:
+        forward, backward = (min(3.0, max(1.0, few / positions)) for few in _FEW_POSITIONS)
+        return forward, backward
+    narrow = max(1.0, _NARROW_GROUP / weight.shape[1])
+    is_wide_depthwise = weight.shape[1] == 1 and weight.shape[-1] > 3
+    return narrow, narrow * (_WIDE_DEPTHWISE if is_wide_depthwise else 1.0)
 
 
 def _attention(op: Op) -> Work:
@@ -162,26 +203,28 @@ def _rnn(op: Op) -> Work:
 def _recurrent(op: Op, data: OpTensor, matrices: Any) -> Work:
     rows = prod(data.shape[:2])
     flops = sum(2 * rows * matrix.numel for matrix in matrices)
-    return _product(op, flops, tuple(matrices), _RECURRENT_SLOWNESS)
+    return _product(op, flops, tuple(matrices))
 
 
-def _product(op: Op, flops: int, factors: tuple[OpTensor, ...], slowness: float = 1.0) -> Work:
+def _product(op: Op, flops: int, factors: tuple[OpTensor, ...]) -> Work:
     """A product costs its flops once more for every factor that needs a gradient."""
     nbytes = _moved(op)
     backward = sum(factor.requires_grad for factor in factors)
     return Work(
         flops=flops,
-        arithmetic=flops * slowness,
+        arithmetic=float(flops),
         nbytes=nbytes,
-        backward_arithmetic=flops * slowness * backward,
+        backward_arithmetic=float(flops * backward),
         backward_nbytes=nbytes * backward,
     )
 
 
-_NARROW_GROUP: Final = 8
+_FEW_POSITIONS: Final = (6, 10)
+"""Positions in a feature map below which a convolution slows down, forward and backward."""
+_NARROW_GROUP: Final = 10
 """Channels per group below which a grouped convolution no longer fills the vector units."""
-_RECURRENT_SLOWNESS: Final = 2.0
-"""The steps are sequential products with few rows."""
+_WIDE_DEPTHWISE: Final = 4.0
+"""The gradient of depthwise filters wider than 3 takes a slower way on CPUs."""
 
 _PRODUCTS: Final[Mapping[str, Callable[[Op], Work]]] = MappingProxyType(
     {
@@ -220,7 +263,7 @@ def _embedding(op: Op) -> Work:
 def _streaming(op: Op) -> Work:
     """An operation whose time is that of moving its operands."""
     moved = 2 * sum(t.nbytes for t in op.outputs) if op.name in _LOOKUPS else _moved(op)
-    passes, backward_passes = _PASSES.get(op.name, (1.0, 1.5))
+    passes, backward_passes = _PASSES.get(op.name, (1.0, 1.25))
     return Work(
         flops=0,
         arithmetic=_slow_arithmetic(op),
@@ -234,9 +277,10 @@ def _slow_arithmetic(op: Op) -> float:
     """Operations that a CPU does element by element, in flops that take as long."""
     elements = sum(t.numel for t in op.outputs)
     if op.name in _RANDOM:
-        return 500.0 * elements
+        return 800.0 * elements
     if op.name.startswith("max_pool") and op.name.endswith("_with_indices"):
-        return 250.0 * elements * prod(op.args[1])
+        window: int = prod(op.args[1])
+        return 240.0 * elements * window
     return 0.0
 
 
@@ -251,7 +295,7 @@ _PASSES: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     {
         **dict.fromkeys(
             ("native_batch_norm", "native_layer_norm", "native_group_norm", "cudnn_batch_norm"),
-            (1.5, 2.0),
+            (2.0, 1.75),
         ),
         **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), (1.5, 1.5)),
         **dict.fromkeys(("add", "add_", "sub", "sub_"), (1.0, 0.7)),

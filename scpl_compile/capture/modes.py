@@ -6,7 +6,7 @@ whose own code made the difference is kept whole.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from scpl_compile.capture.state import preserved
-from scpl_compile.capture.tracer import Trace, trace_mode
+from scpl_compile.capture.tracer import IN_PLACE_OPERATORS, Trace, trace_mode
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
@@ -29,12 +29,10 @@ Scope = tuple[str, ...]
 def trace(
     model: nn.Module,
     inputs: tuple[InputSpec, ...],
-    is_leaf: Callable[[str, nn.Module], bool] = lambda path, module: False,
 ) -> tuple[Trace, tuple[tuple[str, str], ...]]:
     """Trace `model`; give the graph of its nodes and the modules kept whole, with the reasons.
 
     inputs: by names of forward's parameters; the others keep their defaults.
-    is_leaf: says which modules are to be called whole besides those of torch.nn.
     The model is left bit for bit as it was, and so are the random states.
 
     Raises:
@@ -44,18 +42,18 @@ def trace(
     with preserved(model):
         while True:
             known = len(opaque)
-            training = trace_mode(model, inputs, is_leaf, opaque, training=True)
+            training = trace_mode(model, inputs, opaque, training=True)
             if len(opaque) > known:
                 continue
-            evaluation = trace_mode(model, inputs, is_leaf, opaque, training=False)
+            evaluation = trace_mode(model, inputs, opaque, training=False)
             if len(opaque) == known:
                 differing = _differing_modules(training, evaluation)
                 if not differing:
                     break
                 opaque |= dict.fromkeys(differing, _READS_TRAINING)
     _remove_dead_nodes(training.graph)
-    called = {node.target for node in training.graph.nodes if node.op == "call_module"}
-    return training, tuple((path, why) for path, why in opaque.items() if path in called)
+    called = dict.fromkeys(str(n.target) for n in training.graph.find_nodes(op="call_module"))
+    return training, tuple((path, opaque[path]) for path in called if path in opaque)
 
 
 def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
@@ -67,9 +65,11 @@ def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
         if own_training[scope] != own_evaluation[scope]
     } or _differing_wiring(training.graph, evaluation.graph)
     if () in scopes:
+        pairs = zip_longest(own_training[()], own_evaluation[()])
+        first = next((a or b for a, b in pairs if a != b), ("", "what it returns"))
         raise CaptureError(
-            "the forward of the model itself depends on self.training: move that code into a "
-            "submodule, which is then kept whole"
+            f"the forward of the model itself depends on self.training (at {first[1]}): move that "
+            "code into a submodule, which is then kept whole"
         )
     return {training.calls[scope[-1]].path for scope in scopes}
 
@@ -79,10 +79,9 @@ def _own_code(graph: Graph) -> dict[Scope, list[Any]]:
     own: dict[Scope, list[Any]] = defaultdict(list)
     for node in graph.nodes:
         scope: Scope = node.meta["scope"]
-        for depth in range(len(scope)):
-            inner = ("call", scope[depth])
-            if inner not in own[scope[:depth]]:
-                own[scope[:depth]].append(inner)
+        for depth, key in enumerate(scope):
+            if own[scope[:depth]][-1:] != [("call", key)]:
+                own[scope[:depth]].append(("call", key))
         arguments = map_arg((node.args, node.kwargs), lambda _: "node")
         own[scope].append((node.op, node.target, repr(arguments)))
     return own
@@ -118,11 +117,7 @@ def _remove_dead_nodes(graph: Graph) -> None:
 def _is_pure(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in _PURE_METHODS
-    module = getattr(node.target, "__module__", "")
-    name = getattr(node.target, "__name__", "")
-    in_operator = module == "_operator" and not name.startswith(("i", "set", "del"))
-    return (
-        node.op == "get_attr"
-        or node.target is getattr
-        or (node.op == "call_function" and (in_operator or name == "is_"))
-    )
+    if node.op == "call_function":
+        operators = getattr(node.target, "__module__", "") == "_operator"
+        return node.target is getattr or (operators and node.target not in IN_PLACE_OPERATORS)
+    return node.op == "get_attr"

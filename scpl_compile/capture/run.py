@@ -179,10 +179,14 @@ class _Run:
             return torch.empty(shape, dtype=dtype, device=self._device)
         if dtype.is_floating_point or dtype.is_complex:
             return torch.randn(shape, dtype=dtype, device=self._device)
-        return torch.randint(0, spec.high or 2, shape, device=self._device).to(dtype)
+        high = spec.high or 2  # 0 is avoided where possible: lengths must not be 0
+        return torch.randint(min(1, high - 1), high, shape, device=self._device).to(dtype)
 
     def _storages(self, value: Any) -> Iterator[int]:
         for tensor in _tensors(value):
+            if tensor.layout is not torch.strided:
+                yield id(tensor)
+                continue
             if self._fake and not isinstance(tensor, FakeTensor):
                 tensor = self._fake.from_tensor(tensor)
                 self._alive.append(tensor)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import ParameterProxy
+from torch.nn.utils import rnn
 from torch.nn.utils.parametrize import is_parametrized
 
 from scpl_compile.capture.captured import ModuleCall
@@ -31,18 +32,30 @@ from scpl_compile.capture.watch import watched
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
-__all__ = ["Trace", "is_library_leaf", "trace_mode"]
+__all__ = ["IN_PLACE_OPERATORS", "Trace", "trace_mode"]
 
 _RANDOM = "random numbers drawn in Python"
+IN_PLACE_OPERATORS = frozenset(
+    {
+        operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
+        operator.ixor, operator.ilshift, operator.irshift, operator.setitem, operator.delitem,
+    }
+)  # fmt: skip
+"""Functions of `operator` that write their first argument."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MAX_PHRASE = 120
 _TORCH = Path(torch.__file__).parent
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Called with Python numbers only, these would run once, while tracing; as nodes they run each time.
-_FACTORIES = (
-    torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace,
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.tensor,
-)  # fmt: skip
+# Functions that become nodes although torch does not offer them to a tracer. Called with numbers
+# only, the first would run once, while tracing; as nodes they run each time.
+_RECORDED = {
+    torch: (
+        torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace,
+        torch.rand, torch.randn, torch.randint, torch.randperm, torch.tensor,
+    ),
+    rnn: (rnn.pack_padded_sequence, rnn.pad_packed_sequence),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +89,7 @@ class _Mark:
     calls: set[str] = field(default_factory=set)
 
 
-def is_library_leaf(module: nn.Module) -> bool:
+def _is_library_leaf(module: nn.Module) -> bool:
     """Whether `module` is of torch.nn and not a container: such modules are called whole."""
     name = type(module).__module__
     library = name.startswith(("torch.nn.", "torch.ao.nn."))
@@ -86,7 +99,6 @@ def is_library_leaf(module: nn.Module) -> bool:
 def trace_mode(
     model: nn.Module,
     inputs: tuple[InputSpec, ...],
-    is_leaf: Callable[[str, nn.Module], bool],
     opaque: dict[str, str],
     training: bool,
 ) -> Trace:
@@ -100,10 +112,10 @@ def trace_mode(
         CaptureError: the model's own forward cannot be traced, or the inputs do not fit it.
     """
     model.train(training)
-    if is_library_leaf(model):
+    if _is_library_leaf(model):
         return _single_call(model, inputs)
     check_inputs(model, inputs)
-    tracer = _AutoLeafTracer(inputs, is_leaf, opaque)
+    tracer = _AutoLeafTracer(inputs, opaque)
     with watched(tracer.report):
         return tracer.run(model)
 
@@ -138,21 +150,14 @@ class _AutoLeafTracer(Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(
-        self,
-        inputs: tuple[InputSpec, ...],
-        is_leaf: Callable[[str, nn.Module], bool],
-        opaque: dict[str, str],
-    ) -> None:
-        super().__init__(autowrap_modules=(math,))
+    def __init__(self, inputs: tuple[InputSpec, ...], opaque: dict[str, str]) -> None:
+        super().__init__(autowrap_modules=(math,), autowrap_functions=_RECORDED[rnn])
         self._inputs = inputs
-        self._is_leaf = is_leaf
         self._opaque = opaque
         self._frames = [_Frame("")]
         self._counts: Counter[str] = Counter()
         self._calls: dict[str, ModuleCall] = {}
         self._names: dict[int, str] = {}
-        self._watching = True
 
     # --- the whole model
 
@@ -163,7 +168,7 @@ class _AutoLeafTracer(Tracer):
         state, randomness = ModelState.of(model), RandomState.now()
         self._state = state
         try:
-            with _recorded_factories(self):
+            with _recorded(self):
                 graph = self.trace(model)
         except Exception as error:
             raise _root_error(model, _phrase(error), _place(error)) from error
@@ -199,7 +204,7 @@ class _AutoLeafTracer(Tracer):
         path = self.path_of_module(m)
         if path not in self._opaque and (reason := _never_opened(m)):
             self._opaque[path] = reason
-        if path in self._opaque or is_library_leaf(m) or self._is_leaf(path, m):
+        if path in self._opaque or _is_library_leaf(m):
             return self.create_proxy("call_module", path, args, kwargs)
         return self._open(m, path, forward, args, kwargs)
 
@@ -317,7 +322,7 @@ def _never_opened(module: nn.Module) -> str:
         return "TorchScript"
     if is_parametrized(module) and not type(module).__mro__[1].__module__.startswith("torch.nn."):
         return "parametrization"
-    if not is_library_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS):
+    if not _is_library_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS):
         return "hooks"
     return ""
 
@@ -326,25 +331,28 @@ def _writes_first_argument(kind: str, target: Any) -> bool:
     """Whether a node of this kind and target is an in-place operation, by its name."""
     if kind == "call_method":
         return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
-    name = getattr(target, "__name__", "")
-    in_place = getattr(operator, f"__{name}__", None) is target and name[0] == "i"
-    return kind == "call_function" and (in_place or name.endswith("_"))
+    if kind != "call_function":
+        return False
+    if getattr(target, "__module__", "") == "_operator":
+        return target in IN_PLACE_OPERATORS
+    return bool(getattr(target, "__name__", "").endswith("_"))
 
 
 @contextmanager
-def _recorded_factories(tracer: _AutoLeafTracer) -> Iterator[None]:
-    """Let torch.arange and its like become nodes, also when no argument is traced."""
+def _recorded(tracer: _AutoLeafTracer) -> Iterator[None]:
+    """Let the functions of _RECORDED become nodes when they are called as torch.arange(…)."""
 
-    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: tracer.create_proxy("call_function", factory, args, kwargs)
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: tracer.create_proxy("call_function", function, args, kwargs)
 
+    pairs = [(owner, function) for owner, group in _RECORDED.items() for function in group]
     try:
-        for factory in _FACTORIES:
-            setattr(torch, factory.__name__, recorded(factory))
+        for owner, function in pairs:
+            setattr(owner, function.__name__, recorded(function))
         yield
     finally:
-        for factory in _FACTORIES:
-            setattr(torch, factory.__name__, factory)
+        for owner, function in pairs:
+            setattr(owner, function.__name__, function)
 
 
 def _single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:

@@ -146,7 +146,10 @@ class _StageWriter:
         """The class."""
         stage = self.stage
         title = f"{stage.nodes[0]} .. {stage.nodes[-1]}"
-        lines = [f"class Stage{stage.index}(nn.Module):", f'    """{title}."""', ""]
+        base = "nn.Module"
+        if any(path.split(".")[0].isdigit() for path in stage_paths(self.nodes)):
+            base = self.imports.name(_RUNTIME, "Part")  # the model is a container: self[0](x)
+        lines = [f"class Stage{stage.index}({base}):", f'    """{title}."""', ""]
         lines += [*self._init(), "", *self._forward(), "", *self._training_step()]
         if any(step == f"{stage.index}X" for step in self.plan.inference):
             lines += ["", *self._exit()]

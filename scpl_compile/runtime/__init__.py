@@ -5,12 +5,13 @@ from scpl_compile.runtime.losses import LocalLoss, cross_entropy
 from scpl_compile.runtime.options import parse_options
 from scpl_compile.runtime.program import assemble
 from scpl_compile.runtime.run import Run, launch
-from scpl_compile.runtime.stage import StopGradient, cut, take
+from scpl_compile.runtime.stage import Part, StopGradient, cut, take
 from scpl_compile.runtime.trainer import Evaluation, Trainer
 
 __all__ = [
     "Evaluation",
     "LocalLoss",
+    "Part",
     "Run",
     "StopGradient",
     "Trainer",

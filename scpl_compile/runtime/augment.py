@@ -4,8 +4,9 @@ Every number is drawn from the generator that the caller gives, so a batch can b
 process's default generators, from which the stages draw, are not touched.
 
 The colour changes are those of torchvision.transforms.v2.functional (a test compares them), written
-for a whole batch: torchvision takes one strength per call, and a call per image and change holds
-Python's lock for 23 ms per 128 images of 32x32, in which no stage can launch anything.
+for a whole batch: torchvision takes one strength per call, and its calls per image and change take
+three times as long (23 ms per 128 images of 32x32 on one core), most of it holding Python's lock,
+without which no stage can launch anything.
 """
 
 import numpy as np

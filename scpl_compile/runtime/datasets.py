@@ -8,40 +8,29 @@
     npz:FILE            x_train, y_train and where they are x_val, y_val, x_test, y_test; or x, y
     file.py:callable    called without arguments; gives {"train": (inputs, labels), "test": …}
     random:N            N samples of the model's shapes with random labels
-
-Whether uint8 values are images (scaled, normalised, resized) or plain numbers follows from the
-model: images feed a single input of floats.
 """
 
 import gzip
 import math
 import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scpl_compile.errors import DataError, SourceError
+from scpl_compile.errors import DataError
 from scpl_compile.ir import InputSpec
-from scpl_compile.runtime.loading import load_callable
+from scpl_compile.runtime.arrays import Inputs, callable_splits, npz_splits, reading
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
 
 __all__ = ["Splits", "open_splits"]
-
-Inputs = Sequence[InputSpec]
 
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-_DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def open_splits(
@@ -59,7 +48,7 @@ def open_splits(
     kind, _, rest = spec.partition(":")
     home, _, name = spec.rpartition(":")
     if home.endswith(".py"):
-        return _from_callable(spec, home, name, inputs)
+        return callable_splits(spec, home, name, inputs)
     match kind:
         case "digits" if not rest:
             return _digits()
@@ -68,7 +57,7 @@ def open_splits(
         case "imagefolder" if rest:
             return _image_folder(spec, Path(rest).expanduser(), inputs)
         case "npz" if rest:
-            return _npz(spec, Path(rest).expanduser(), inputs)
+            return npz_splits(spec, Path(rest).expanduser(), inputs)
         case "random" if rest:
             return _random(spec, rest, seed, inputs, num_classes or 10)
     known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "file.py:callable",
@@ -126,7 +115,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> Tensor:
             f"{folder / name}.gz is missing; apt-get install dataset-fashion-mnist, or name the "
             "folder: fashion-mnist:DIR"
         )
-    with _reading(path):
+    with reading(path):
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
@@ -137,7 +126,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> Tensor:
     return torch.frombuffer(values, dtype=torch.uint8).view(shape)
 
 
-# ------------------------------------------------------------------ the user's data
+# ------------------------------------------------------------------ folders, random numbers
 
 
 def _image_folder(spec: str, folder: Path, inputs: Inputs) -> Splits:
@@ -171,158 +160,6 @@ def _class_folders(folder: Path, classes: list[str], size: tuple[int, int, int])
         labels += [classes.index(item.name)] * len(found)
     images = LazyImages(paths=tuple(paths), size=size)
     return Split(inputs=(images,), labels=torch.tensor(labels, dtype=torch.int64))
-
-
-def _npz(spec: str, path: Path, inputs: Inputs) -> Splits:
-    with _reading(path), path.open("rb") as file:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an archive of arrays as np.savez writes it")
-        names = list(archive.files)
-    parts = {
-        part: suffix
-        for part, suffix in (("train", "_train"), ("train", ""), ("validation", "_validation"),
-                             ("validation", "_val"), ("test", "_test"))
-        if f"y{suffix}" in names
-    }  # fmt: skip
-    if "train" not in parts:
-        raise DataError(f"{path} has no y_train and no y; its arrays: {', '.join(names)}")
-    suffixes = ("_train", "_validation", "_val", "_test")
-    own = [n for n in names if n.endswith(parts["train"]) and n != f"y{parts['train']}"]
-    if not parts["train"]:
-        own = [n for n in own if not n.endswith(suffixes)]
-    fields = _in_order([n.removesuffix(parts["train"]) for n in own], inputs, path)
-
-    def read(part: str) -> Split:
-        keys = [f"{field}{parts[part]}" for field in (*fields, "y")]
-        if absent := [key for key in keys if key not in names]:
-            raise DataError(f"{path} has no {absent[0]}; its arrays: {', '.join(names)}")
-        with _reading(path), path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            arrays = [archive[key] for key in keys]
-        return _split([*arrays[:-1]], arrays[-1], inputs, f"{path} {part}")
-
-    return _of_arrays(spec, read, parts, inputs)
-
-
-def _in_order(fields: list[str], inputs: Inputs, path: Path) -> list[str]:
-    wanted = [item.name for item in inputs]
-    if set(fields) == set(wanted):
-        return wanted
-    if fields and (not wanted or len(fields) == len(wanted) == 1):
-        return fields
-    raise DataError(
-        f"{path} holds the inputs {', '.join(fields) or 'none'}; the model takes "
-        f"{', '.join(wanted)}: name the arrays {', '.join(f'{name}_train' for name in wanted)}"
-    )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns a failure to read `path` into a DataError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"the file {path} is missing") from None
-    except _DAMAGED as error:
-        raise DataError(f"{path} is damaged or cannot be read: {error}") from error
-
-
-def _from_callable(spec: str, home: str, name: str, inputs: Inputs) -> Splits:
-    try:
-        function = load_callable(home, name)
-    except SourceError as error:
-        raise DataError(f"data {error}") from error
-    if not callable(function):
-        raise DataError(f"data {spec} is of type {type(function).__name__}, not a callable")
-    try:
-        given = function()
-    except Exception as error:
-        raise DataError(f"data {spec} failed with {type(error).__name__}: {error}") from error
-    parts = ("train", "validation", "test")
-    if not isinstance(given, Mapping) or not {"train", "test"} <= set(given) <= set(parts):
-        got = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
-        raise DataError(
-            f'data {spec} gave {got}; it must return {{"train": (inputs, labels), "test": …}} and '
-            'may add "validation"'
-        )
-
-    def read(part: str) -> Split:
-        pair = given[part]
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise DataError(f"data {spec}: {part} must be a pair (inputs, labels)")
-        values = pair[0] if isinstance(pair[0], (tuple, list)) else (pair[0],)
-        return _split(values, pair[1], inputs, f"{spec} {part}")
-
-    return _of_arrays(spec, read, given, inputs)
-
-
-# ------------------------------------------------------------------ arrays
-
-
-def _of_arrays(
-    spec: str, read: Callable[[str], Split], parts: Mapping[str, Any], inputs: Inputs
-) -> Splits:
-    train = read("train")
-    return make_splits(
-        spec,
-        "image" if _is_image(train.inputs, inputs) else "tensor",
-        train,
-        read("validation") if "validation" in parts else None,
-        (lambda: read("test")) if "test" in parts else None,
-    )
-
-
-def _split(values: Sequence[Any], labels: Any, inputs: Inputs, place: str) -> Split:
-    tensors = tuple(_tensor(value, f"{place} inputs") for value in values)
-    tensors = (_channels_first(tensors[0]),) if _is_image(tensors, inputs) else tensors
-    targets = _tensor(labels, f"{place} labels")
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets.squeeze(1)
-    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-        raise DataError(
-            f"{place} labels must be integers (N,), not {_name(targets.dtype)} "
-            f"{tuple(targets.shape)}; one-hot rows become integers by argmax(1)"
-        )
-    try:
-        return Split(inputs=tensors, labels=targets.to(torch.int64))
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
-
-
-def _tensor(value: Any, place: str) -> Tensor:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu()
-    else:
-        try:
-            array = np.asarray(value)
-            is_wide = array.dtype.kind == "u" and array.dtype.itemsize > 1  # torch cannot index it
-            dtype = np.dtype(np.int64) if is_wide else array.dtype.newbyteorder("=")
-            tensor = torch.from_numpy(array.astype(dtype))  # a copy: writable, contiguous
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{place} are no array of numbers: {error}") from error
-    if tensor.ndim == 0:
-        raise DataError(f"{place} are one number, not an array with a row per sample")
-    return tensor
-
-
-def _is_image(values: Sequence[Tensor | LazyImages], inputs: Inputs) -> bool:
-    """One uint8 array (N, H, W), (N, C, H, W) or (N, H, W, C) for a model of one float input."""
-    if len(values) != 1 or values[0].dtype != torch.uint8:
-        return False
-    shape = values[0].shape
-    is_shaped = len(shape) == 3 or (len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)))
-    return is_shaped and (not inputs or (len(inputs) == 1 and "float" in inputs[0].dtype))
-
-
-def _channels_first(images: Tensor) -> Tensor:
-    if images.ndim == 3:
-        return images.unsqueeze(1)
-    return images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2).contiguous()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _random(spec: str, count: str, seed: int, inputs: Inputs, num_classes: int) -> Splits:

@@ -15,7 +15,7 @@ from scpl_compile.errors import DataError
 from scpl_compile.ir import InputSpec
 from scpl_compile.runtime.splits import LazyImages, Split, Splits
 
-__all__ = ["ImageFit", "check_split", "luminance"]
+__all__ = ["ImageFit", "check_images", "check_split", "luminance"]
 
 _LUMINANCE = (0.2989, 0.587, 0.114)
 """Red, green, blue in ITU-R BT.601 luma, rounded as torchvision rounds them."""
@@ -78,7 +78,7 @@ class ImageFit:
         return F.interpolate(images, size=self.shape[1:], mode="bilinear", antialias=True)
 
     def finish(self, images: Tensor) -> Tensor:
-        """Float (B, C, H, W) in 0 … 1 to (B, *spec.shape) in the model's dtype, normalised in place."""
+        """Float (B, C, H, W) in 0 … 1 to normalised (B, *spec.shape) in its dtype; in place."""
         if self.shape[0] == 1:
             images = luminance(images)
         images = images.sub_(self.mean).div_(self.std)

@@ -59,6 +59,8 @@ class HeadSpec:
     channels: of the convolution; 0 means channel_multiplier times the feature's channels, at most
         channel_limit.
     stride: of the convolution.
+    conv_size: a larger map is averaged to at most conv_size x conv_size before the convolution, so
+        that the head of an early stage costs no more than that of a late one; 0 means never.
 
     Raises:
         MethodError: an option is unknown, of another type, or has a value that is not allowed.
@@ -73,6 +75,7 @@ class HeadSpec:
     channel_multiplier: float = 2.0
     channel_limit: int = 256
     stride: int = 2
+    conv_size: int = 0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -85,8 +88,8 @@ class HeadSpec:
             )
         if self.layout not in LAYOUTS:
             raise option_error("layout", self.layout, f"one of {', '.join(LAYOUTS)}")
-        least = {"hidden": int(self.head.startswith("mlp")), "channels": 0}
-        for name in ("hidden", "out", "channels", "channel_limit", "stride"):
+        least = {"hidden": int(self.head.startswith("mlp")), "channels": 0, "conv_size": 0}
+        for name in ("hidden", "out", "channels", "channel_limit", "stride", "conv_size"):
             if getattr(self, name) < least.get(name, 1):
                 raise option_error(name, getattr(self, name), f"{least.get(name, 1)} or more")
         if not self.channel_multiplier > 0:
@@ -147,8 +150,8 @@ def _resolved_head(spec: HeadSpec, in_shapes: Shapes) -> str:
 class TensorPath:
     """How one tensor goes through the trunk; sizes without the batch.
 
-    spatial: sizes of the positions (H, W), before the convolution.
-    conv_channels: 0 where there is no convolution.
+    spatial: sizes of the positions (H, W).
+    conv_channels: 0 where there is no convolution. shrink: windows averaged before it.
     windows: averaged together, one size per spatial dimension (only for avg:N).
     """
 
@@ -158,6 +161,7 @@ class TensorPath:
     spatial: tuple[int, ...]
     conv_channels: int
     stride: int
+    shrink: tuple[int, ...]
     pooling: str
     windows: tuple[int, ...]
 
@@ -166,7 +170,8 @@ class TensorPath:
         """Sizes after the convolution (kernel 3, padding 1)."""
         if not self.conv_channels:
             return self.spatial
-        return tuple((size - 1) // self.stride + 1 for size in self.spatial)
+        pairs = zip(self.spatial, self.shrink, strict=True)
+        return tuple((-(-size // window) - 1) // self.stride + 1 for size, window in pairs)
 
     @property
     def features(self) -> int:
@@ -213,6 +218,7 @@ def _path(spec: HeadSpec, shape: Sequence[int]) -> TensorPath:
         spatial=spatial,
         conv_channels=conv_channels,
         stride=spec.stride,
+        shrink=tuple(-(-size // (spec.conv_size or size)) for size in spatial),
         pooling=pooling,
         windows=(),
     )

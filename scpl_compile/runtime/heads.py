@@ -51,8 +51,10 @@ class _MapConv(nn.Module):
             path.channels, path.conv_channels, 3, stride=path.stride, padding=1, bias=False
         )
         self.norm = nn.BatchNorm2d(path.conv_channels)
+        self._shrink = path.shrink
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _average(x, self._shrink)
         return F.relu(_batch_norm(self.norm, self.conv(_in_dtype_of(x, self.conv))))
 
 

@@ -85,7 +85,7 @@ class LossOptions(HeadSpec):
         if self.layout != "auto":
             names.add("layout")
         if is_conv:
-            names |= {"channels", "stride"}
+            names |= {"channels", "stride"} | ({"conv_size"} if self.conv_size else set())
             if not resolved.channels:  # the tensors differ in theirs
                 names |= {"channel_multiplier", "channel_limit"}
         if self.contrast:
