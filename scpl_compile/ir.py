@@ -107,13 +107,15 @@ class ModelSource:
 
     spec: as the user wrote it ("torchvision:resnet18", "net.py:build", "package.module:build").
     path: the absolute file of a `file.py:callable`, and its sha256; None for installed packages.
-    config: keyword arguments of the constructor.
+    config: keyword arguments of the constructor. is_object: the spec names an nn.Module, not a
+    callable that makes one.
     """
 
     spec: str
     config: Mapping[str, Scalar] = field(default_factory=dict)
     path: str | None = None
     sha256: str | None = None
+    is_object: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

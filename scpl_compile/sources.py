@@ -6,8 +6,10 @@
     "3x32x32"   "ids:int64:128<30000,mask:int64:128<2"  ─ parse_inputs ─▶ InputSpec ─▶ tensors
 """
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from math import isfinite
@@ -155,7 +157,7 @@ def _load_own(
             f"{spec} is a model already and takes no config ({', '.join(config)}); name a "
             "function that builds it"
         )
-    return target, source
+    return copy.deepcopy(target), replace(source, is_object=True)
 
 
 def _build(spec: str, constructor: Any, config: Mapping[str, Scalar]) -> nn.Module:

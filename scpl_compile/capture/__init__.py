@@ -17,6 +17,7 @@ from scpl_compile.capture.graph import (
 from scpl_compile.capture.modes import trace
 from scpl_compile.capture.normalize import (
     calls_with_parts,
+    prefer_new_tensors,
     read_attributes_at_use,
     unpack_containers,
 )
@@ -60,6 +61,7 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
         first = run_graph(model, graph, inputs, batch_size, unknown)
     second = run_graph(model, graph, inputs, batch_size + 1, unknown)
     annotate(graph, first, second, batch_size)
+    prefer_new_tensors(graph)
     return Capture(
         model=model,
         graph=graph,

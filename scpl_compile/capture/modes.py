@@ -13,8 +13,9 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from scpl_compile.capture.proxies import IN_PLACE
 from scpl_compile.capture.state import preserved
-from scpl_compile.capture.tracer import IN_PLACE_OPERATORS, Trace, trace_mode
+from scpl_compile.capture.tracer import Trace, trace_mode
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
@@ -119,5 +120,5 @@ def _is_pure(node: Node) -> bool:
         return node.target in _PURE_METHODS
     if node.op == "call_function":
         operators = getattr(node.target, "__module__", "") == "_operator"
-        return node.target is getattr or (operators and node.target not in IN_PLACE_OPERATORS)
+        return node.target is getattr or (operators and node.target not in IN_PLACE)
     return node.op == "get_attr"

@@ -16,8 +16,15 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
 from scpl_compile.capture.captured import ModuleCall
+from scpl_compile.capture.proxies import IN_PLACE
 
-__all__ = ["calls_with_parts", "is_field_read", "read_attributes_at_use", "unpack_containers"]
+__all__ = [
+    "calls_with_parts",
+    "is_field_read",
+    "prefer_new_tensors",
+    "read_attributes_at_use",
+    "unpack_containers",
+]
 
 
 def read_attributes_at_use(graph: Graph) -> None:
@@ -86,6 +93,36 @@ def _move_after(node: Node, read: Node) -> None:
 def _replace_argument(user: Node, old: Node, new: Any) -> None:
     user.args = map_arg(user.args, lambda n: new if n is old else n)
     user.kwargs = map_arg(user.kwargs, lambda n: new if n is old else n)
+
+
+def prefer_new_tensors(graph: Graph) -> None:
+    """Write `x += y` as `x + y` where nothing reads x, or its memory, afterwards.
+
+    The results are the same bit for bit; without the write, x may cross a cut without a copy.
+    """
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target not in IN_PLACE or node.meta["tensor"] is None:
+            continue
+        base = node.args[0].meta["base"]
+        same = [n for n in graph.nodes if n.meta.get("base") == base and n.op != "output"]
+        older = [n for n in same if place[n] < place[node]]
+        read_later = any(place[user] > place[node] for n in older for user in n.users)
+        if read_later or node.meta["alias"] or not _keeps_dtype(node):
+            continue
+        node.target = IN_PLACE[node.target]
+        node.meta["mutates"] = ()
+        for newer in set(same) - set(older):
+            newer.meta["base"] = node.name
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Whether both operands have the dtype of the result, so that writing it converts nothing."""
+    dtypes = {n.meta["tensor"].dtype for n in node.all_input_nodes if n.meta["tensor"] is not None}
+    numbers = all(isinstance(arg, (Node, int, float)) for arg in node.args)
+    is_float = node.meta["tensor"].dtype.startswith(("float", "bfloat"))
+    only_tensors = all(isinstance(arg, Node) and arg.meta["tensor"] for arg in node.args)
+    return dtypes == {node.meta["tensor"].dtype} and (only_tensors or (numbers and is_float))
 
 
 def _holds_tensors(value: Any) -> bool:

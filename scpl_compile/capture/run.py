@@ -5,8 +5,9 @@ operations raise, but no data. Code that looks at data (`if mask.any():`, `lengt
 run so; then the graph runs once on real random inputs.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +121,7 @@ class _Run:
             self._model.train()
             self._know(list(self._model.buffers()), "buffer")
             self._know(list(self._model.parameters()), "parameter")
-            with self._fake or nullcontext(), self._recorder:
+            with _quiet(), self._fake or nullcontext(), self._recorder:
                 for node in graph.nodes:
                     if node.op == "output":
                         break
@@ -200,6 +201,18 @@ class _Run:
             return False
         kept = [v for m in module.modules() for k, v in m.__dict__.items() if k not in _OWN_DICTS]
         return not set(self._storages(kept)).isdisjoint(self._storages(value))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that torch logs when a fake operation fails; the error is raised."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

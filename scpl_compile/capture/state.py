@@ -93,11 +93,11 @@ class ModelState:
     root: nn.Module
     values: dict[int, torch.Tensor]
     modules: list[_Attributes] = field(init=False)
-    buffers: dict[str, tuple[torch.Tensor, int]] = field(init=False)
+    buffers: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modules = [_Attributes.of(module) for module in self.root.modules()]
-        self.buffers = {name: (b, b._version) for name, b in self.root.named_buffers()}
+        self.buffers = dict(self.root.named_buffers())
 
     @classmethod
     def of(cls, root: nn.Module) -> "ModelState":
@@ -116,9 +116,10 @@ class ModelState:
         return next((name for name, _, _ in self._written()), "")
 
     def _written(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        for name, (buffer, version) in self.buffers.items():
+        # Tensor._version would not do: batch_norm writes its statistics without raising it.
+        for name, buffer in self.buffers.items():
             value = self.values.get(id(buffer))
-            if buffer._version != version and value is not None and not _same(buffer, value):
+            if value is not None and not _same(buffer, value):
                 yield name, buffer, value
 
     def restore(self) -> None:

@@ -8,7 +8,6 @@ modes.py compares the two.
 
 import inspect
 import math
-import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,28 +20,19 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
-from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import rnn
 from torch.nn.utils.parametrize import is_parametrized
 
 from scpl_compile.capture.captured import ModuleCall
-from scpl_compile.capture.proxies import InputProxy
+from scpl_compile.capture.proxies import IN_PLACE, InputProxy, ParameterProxy, ValueProxy
 from scpl_compile.capture.state import ModelState, RandomState
 from scpl_compile.capture.watch import watched
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
-__all__ = ["IN_PLACE_OPERATORS", "Trace", "trace_mode"]
+__all__ = ["Trace", "trace_mode"]
 
 _RANDOM = "random numbers drawn in Python"
-IN_PLACE_OPERATORS = frozenset(
-    {
-        operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-        operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
-        operator.ixor, operator.ilshift, operator.irshift, operator.setitem, operator.delitem,
-    }
-)  # fmt: skip
-"""Functions of `operator` that write their first argument."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MAX_PHRASE = 120
 _TORCH = Path(torch.__file__).parent
@@ -189,13 +179,8 @@ class _AutoLeafTracer(Tracer):
         return forward, [self.root]
 
     def _placeholder(self, spec: InputSpec) -> Proxy:
-        return self.create_proxy(
-            "placeholder",
-            spec.name,
-            (),
-            {},
-            proxy_factory_fn=lambda node: InputProxy(node, self, spec.shape),
-        )
+        node = self.create_node("placeholder", spec.name, (), {})
+        return InputProxy(node, self, spec.shape)
 
     # --- modules
 
@@ -267,6 +252,10 @@ class _AutoLeafTracer(Tracer):
 
     # --- values
 
+    def proxy(self, node: Node) -> Proxy:
+        """What stands for a node in the traced code."""
+        return ValueProxy(node, self)
+
     def create_node(
         self,
         kind: str,
@@ -305,10 +294,8 @@ class _AutoLeafTracer(Tracer):
         name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if name is None:
             return attr_val
-        factory = None
-        if isinstance(attr_val, nn.Parameter):
-            factory = lambda node: ParameterProxy(self, node, name, attr_val)  # noqa: E731
-        return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=factory)
+        node = self.create_node("get_attr", name, (), {})
+        return ParameterProxy(node, self, attr_val)
 
 
 def _nodes(value: Any) -> Any:
@@ -334,7 +321,7 @@ def _writes_first_argument(kind: str, target: Any) -> bool:
     if kind != "call_function":
         return False
     if getattr(target, "__module__", "") == "_operator":
-        return target in IN_PLACE_OPERATORS
+        return target in IN_PLACE
     return bool(getattr(target, "__name__", "").endswith("_"))
 
 

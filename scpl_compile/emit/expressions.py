@@ -6,6 +6,7 @@ import keyword
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -48,23 +49,30 @@ class Imports:
         return name
 
     def lines(self) -> list[str]:
-        """The lines in isort's order: plain imports, then from-imports."""
+        """The lines in isort's order: the standard library, an empty line, everything else."""
+        return [*self._group(is_standard=True), "", *self._group(is_standard=False)]
+
+    def _group(self, *, is_standard: bool) -> list[str]:
+        def belongs(module: str) -> bool:
+            return (module.split(".")[0] in sys.stdlib_module_names) == is_standard
+
         plain = [
             "import torch.nn.functional as F" if name == "torch.nn.functional" else f"import {name}"
-            for name in sorted(self.modules)
+            for name in sorted(filter(belongs, self.modules))
         ]
         grouped: dict[str, list[str]] = {}
         for module, name in sorted(self.names):
-            grouped.setdefault(module, []).append(name)
-        froms = []
-        for module, names in grouped.items():
-            ordered = sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
-            line = f"from {module} import {', '.join(ordered)}"
-            if len(line) > _WIDTH:
-                inner = "".join(f"    {name},\n" for name in ordered)
-                line = f"from {module} import (\n{inner})"
-            froms.append(line)
-        return plain + froms
+            if belongs(module):
+                grouped.setdefault(module, []).append(name)
+        return plain + [_import_line(module, names) for module, names in grouped.items()]
+
+
+def _import_line(module: str, names: list[str]) -> str:
+    ordered = sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    line = f"from {module} import {', '.join(ordered)}"
+    if len(line) <= _WIDTH:
+        return line
+    return f"from {module} import (\n" + "".join(f"    {name},\n" for name in ordered) + ")"
 
 
 def variable_names(nodes: Iterable[fx.Node]) -> dict[str, str]:

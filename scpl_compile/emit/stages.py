@@ -1,6 +1,7 @@
 """The text of stages.py: one class per stage, build_model() and build_trainer()."""
 
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 from torch import fx
@@ -43,15 +44,11 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
             bodies.append(_StageWriter(plan, stage, capture, stage_of, imports).lines())
     functions = [*_build_model(plan.source, imports), "", "", *_build_trainer(plan, imports)]
     imports.names |= {("torch", "Tensor"), ("torch", "nn"), ("typing", "Any"), ("pathlib", "Path")}
-    own = [line for line in imports.lines() if not line.startswith(("from typing", "from pathlib"))]
     lines = [
         stamp(plan),
         *_docstring(plan),
         "",
-        "from pathlib import Path",
-        "from typing import Any",
-        "",
-        *own,
+        *imports.lines(),
         "",
         "HERE = Path(__file__).resolve().parent",
         "",
@@ -91,20 +88,25 @@ def _build_model(source: ModelSource | None, imports: Imports) -> list[str]:
             "    )",
         ]
     doc = '    """The model as it was compiled; its first weights are in weights.safetensors."""'
+    if odd := [key for key in source.config if not key.isidentifier() or iskeyword(key)]:
+        raise EmitError(f"config {odd[0]!r} is no name of an argument")
     arguments = [f"{k}={constant(v, imports, str)}" for k, v in source.config.items()]
+    module, name = source.spec.rsplit(":", 1)
     if source.path is not None:
-        name = source.spec.rsplit(":", 1)[1]
         loader = imports.name(_RUNTIME, "load_callable")
-        load = call_text(
-            f"build = {loader}", [f'"{source.path}"', f'"{name}"', f'"{source.sha256}"'], 4
-        )
-        call = call_text("return build", arguments, 4)
-        return [*head, doc, *load, *call]
-    module, name = source.spec.split(":", 1)
-    if module == "torchvision":
-        module, arguments = "torchvision.models", ["weights=None", *arguments]
-    function = imports.name(module, name)
-    return [*head, doc, *call_text(f"return {function}", arguments, 4)]
+        where = [constant(text, imports, str) for text in (source.path, name, source.sha256)]
+        found = "model" if source.is_object else "build"
+        lines = call_text(f"{found}: Any = {loader}", where, 4)
+    elif module == "torchvision":
+        function = imports.name("torchvision.models", name)
+        return [*head, doc, *call_text(f"return {function}", ["weights=None", *arguments], 4)]
+    else:
+        first, _, rest = name.partition(".")
+        lines, found = [], ".".join([imports.name(module, first), *([rest] if rest else [])])
+    if source.is_object:
+        lines.append(f"    return {imports.name('copy', 'deepcopy')}({found})")
+        return [*head, doc, *lines]
+    return [*head, doc, *lines, *call_text(f"return {found}", arguments, 4)]
 
 
 def _build_trainer(plan: Plan, imports: Imports) -> list[str]:

@@ -11,7 +11,7 @@ from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import MethodError, PartitionError
 from scpl_compile.ir import LocalLoss, NodeCost
 from scpl_compile.methods.base import Method
-from scpl_compile.methods.plan import candidate_view
+from scpl_compile.methods.plan import candidate_view, last_view
 from scpl_compile.partition import PartitionProblem
 
 __all__ = ["cut_problem", "split_nodes"]
@@ -54,6 +54,9 @@ def cut_problem(
         allowed=tuple(allowed),
         head_us=tuple(heads),
         penalty=tuple(penalties),
+        tail_us=sum(
+            loss_us(loss, device) for loss in method.losses(last_view(capture, num_classes))
+        ),
         reason=tuple(reasons),
     )
 

@@ -11,7 +11,7 @@ from scpl_compile.ir import Cut, InputSpec, LocalLoss, ModelSource, Plan, Scalar
 from scpl_compile.methods.base import Method, StageView, Value
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 
-__all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "stage_paths"]
+__all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,13 @@ def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> 
         logits="",
         num_classes=num_classes,
     )
+
+
+def last_view(capture: Capture, num_classes: int) -> StageView:
+    """The view of a last stage, before it is known where it begins."""
+    nodes = {node.name: node for node in capture.graph.nodes}
+    flow = find_flow(capture, {node.name: 0 for node in capture.compute_nodes}, {})
+    return _view(0, flow, nodes, capture, num_classes)
 
 
 def _gradient_values(nodes: Iterable[fx.Node]) -> tuple[Value, ...]:

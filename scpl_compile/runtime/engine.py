@@ -125,6 +125,7 @@ class Engine:
         return _TellFailures(self._board)
 
     def _work(self, stage: StageStep, actions: Iterator[Action]) -> None:
+        torch.get_num_threads()  # a thread takes the process's number once; ask before it is set
         torch.set_num_threads(self._threads_per_stage)
         try:
             with stage.lane.scope():

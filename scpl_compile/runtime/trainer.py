@@ -210,7 +210,7 @@ class Trainer:
         if low == high and labels.numel() > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"every label of a batch is {low}; a contrastive loss learns nothing from one class",
+                f"all labels of a batch are {low}; one class teaches a contrastive loss nothing",
                 stacklevel=3,
             )
         if low < 0 or high >= self.plan.num_classes:

@@ -1,0 +1,109 @@
+"""Containers of tensors are read where they are made; parameters are read where they are used."""
+
+from operator import getitem
+
+import torch
+from capture_nets import floats, ids, node_of, same_result
+from torch import Tensor, nn
+
+from scpl_compile.capture import capture
+
+
+class Chained(nn.Module):
+    """Two LSTMs, the second starts from the state of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.one = nn.LSTM(6, 5, batch_first=True)
+        self.two = nn.LSTM(5, 5, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, state = self.one(self.table(ids))
+        x = x.tanh()
+        x, state = self.two(x, state)
+        return x.mean(1) + state[0][-1]
+
+
+def test_a_state_that_is_passed_on_crosses_as_tensors() -> None:
+    model = Chained()
+    captured = capture(model, (ids(7, 20),))
+    two = node_of(captured, "two")
+    assert [n.name for n in two.args[1]] == [n.name for n in two.all_input_nodes[1:]]
+    assert [n.meta["tensor"].shape for n in two.all_input_nodes] == [
+        (8, 7, 5),
+        (1, 8, 5),
+        (1, 8, 5),
+    ]
+    same_result(model, [captured], torch.randint(0, 20, (3, 7)))
+
+
+def test_fields_are_read_right_after_their_container_is_made() -> None:
+    captured = capture(Chained(), (ids(7, 20),))
+    names = [n.target for n in captured.compute_nodes]
+    one, two = names.index("one"), names.index("two")
+    assert names[one + 1 : names.index("tanh")] == [getitem] * 4
+    assert names[two + 1 : two + 4] == [getitem] * 3
+
+
+def test_containers_of_opaque_modules() -> None:
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            y = self.linear(x)
+            return {"out": y, "pair": (y * 2, None, [y * 3])}
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gives = Gives()
+
+        def forward(self, x):
+            found = self.gives(x)
+            y = torch.relu(x)
+            return found["out"] + y + found["pair"][2][0], found["pair"]
+
+    model = Takes()
+    captured = capture(model, (floats(4),))
+    names = [n.target for n in captured.compute_nodes]
+    assert names[0] == "gives"
+    assert all(target is getitem for target in names[1 : names.index(torch.relu)])
+    assert len(captured.outputs) == 3
+    same_result(model, [captured], torch.randn(3, 4))
+
+
+def test_every_user_of_a_parameter_reads_its_own() -> None:
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            scale = self.scale
+            return (x * scale).tanh() * scale
+
+    model = Reuses()
+    captured = capture(model, (floats(4),))
+    reads = captured.graph.find_nodes(op="get_attr")
+    assert [len(read.users) for read in reads] == [1, 1]
+    assert all(read.next in read.users for read in reads)
+    same_result(model, [captured], torch.randn(3, 4))
+
+
+def test_attributes_that_nothing_uses_are_not_read() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            batch, channels = x.shape
+            assert self.weight.shape[0] == channels
+            return x
+
+    assert capture(Asks(), (floats(4),)).compute_nodes == ()
