@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from scpl_compile.errors import ProgramError
+from scpl_compile.errors import ProgramError, context
 
 __all__ = [
     "Crossing",
@@ -299,7 +299,8 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     if missing := sorted(known - set(data)):
         raise ProgramError(f"{where or cls.__name__} lacks the field {missing[0]!r}")
     values = {key: _read(hints[key], data[key], f"{where}.{key}".lstrip(".")) for key in data}
-    return cls(**values)
+    with context(where or cls.__name__):
+        return cls(**values)
 
 
 def _brief(value: Any) -> str:
@@ -325,7 +326,7 @@ def _read(hint: Any, data: Any, where: str) -> Any:
         return {key: _read(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if is_dataclass(hint):
         return from_json(typing.cast(type[Any], hint), data, where)
-    if hint is float and type(data) is int:
+    if hint is float and type(data) is int and abs(data) <= 2**53:
         return float(data)
     if type(data) is not hint:
         raise ProgramError(f"{where} must be {hint.__name__}, not {_brief(data)}")

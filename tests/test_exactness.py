@@ -387,6 +387,5 @@ def test_a_crossing_alias_that_is_not_cloned_is_found(alias: str) -> None:
         model=program.model,
     )  # fmt: skip
     expected = run(program, batches, "sequential")
-    assert differences(run(program, batches, "sequential", trainer=make), expected) == []
     found = run(program, batches, "stream", trainer=make, actions=slow_reader())
     assert "stage 1 module.second.weight" in differences(found, expected)

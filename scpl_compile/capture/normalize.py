@@ -5,6 +5,7 @@ node that makes it, and put together again where the whole is used: the state of
 two tensors. Parameters and buffers do not cross: each user reads its own.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import getitem
@@ -101,19 +102,21 @@ def prefer_new_tensors(graph: Graph) -> None:
     The results are the same bit for bit; without the write, x may cross a cut without a copy.
     """
     place = {node: index for index, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.target not in IN_PLACE or node.meta["tensor"] is None:
+    sharing: dict[str, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op != "output":
+            sharing[node.meta["base"]].append(node)
+    for node in graph.nodes:
+        if node.target not in IN_PLACE or node.meta["tensor"] is None or node.meta["alias"]:
             continue
-        base = node.args[0].meta["base"]
-        same = [n for n in graph.nodes if n.meta.get("base") == base and n.op != "output"]
+        same = sharing[node.meta["base"]]
         older = [n for n in same if place[n] < place[node]]
-        read_later = any(place[user] > place[node] for n in older for user in n.users)
-        if read_later or node.meta["alias"] or not _keeps_dtype(node):
-            continue
-        node.target = IN_PLACE[node.target]
-        node.meta["mutates"] = ()
-        for newer in set(same) - set(older):
-            newer.meta["base"] = node.name
+        if _keeps_dtype(node) and not any(place[u] > place[node] for n in older for u in n.users):
+            node.target = IN_PLACE[node.target]
+            node.meta["mutates"] = ()
+            sharing[node.name] = same[len(older) :]
+            for newer in sharing[node.name]:
+                newer.meta["base"] = node.name
 
 
 def _keeps_dtype(node: Node) -> bool:

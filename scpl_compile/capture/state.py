@@ -19,6 +19,9 @@ from torch import nn
 __all__ = ["ModelState", "RandomState", "host_random_state", "preserved"]
 
 
+_REGISTERS = ("_parameters", "_buffers", "_modules")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomState:
     """The global random states of Python, numpy and torch (CPU)."""
@@ -73,7 +76,7 @@ class _Attributes:
             if before is not after and not _equal_scalars(before, after):
                 return name
             if name in self.copies and not _same_items(self.copies[name], after):
-                return _item_name(self.copies[name], after) or name
+                return _item_name(self.copies[name], after) if name in _REGISTERS else name
         return ""
 
     def restore(self) -> None:
@@ -160,12 +163,10 @@ def _is(a: Any, b: Any) -> bool:
     return a is b or _equal_scalars(a, b)
 
 
-def _item_name(before: Any, after: Any) -> str:
-    """The key that differs between two of a module's own dicts of parameters, buffers, modules."""
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return ""
-    keys = [k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]
-    return str(keys[0]) if keys else ""
+def _item_name(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The parameter, buffer or submodule that differs (or the first one, if only the order)."""
+    names = before.keys() | after.keys()
+    return next((n for n in names if before.get(n) is not after.get(n)), next(iter(names)))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -41,7 +41,7 @@ class Board:
         self._inboxes: list[deque[Message]] = [deque() for _ in range(num_stages)]
         self._gradients: list[deque[Message]] = [deque() for _ in range(num_stages)]
         self.num_updates = [first_step] * num_stages
-        self._requests: dict[tuple[int, int], Callable[[], None]] = {}
+        self._requests: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._failure: tuple[int, BaseException] | None = None
         self._is_closed = False
 
@@ -50,9 +50,14 @@ class Board:
         """(stage, exception) of the first stage that failed."""
         return self._failure
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stage has failed or the board was closed: nothing is handed over any more."""
+        return self._is_closed or self._failure is not None
+
     def _wait(self, ready: Callable[[], bool]) -> None:
-        self._condition.wait_for(lambda: ready() or self._failure or self._is_closed)
-        if self._failure or (self._is_closed and not ready()):
+        self._condition.wait_for(lambda: ready() or self.is_stopped)
+        if self.is_stopped:
             raise Stopped
 
     def send(self, stage: int, message: Message) -> None:
@@ -95,16 +100,18 @@ class Board:
         instead, and `finish` must be called again once it is served.
         """
         with self._condition:
-            request = self._requests.pop((stage, step), None)
-            if request is None:
-                self.num_updates[stage] = step + 1
-                self._condition.notify_all()
-            return request
+            if requests := self._requests.get((stage, step)):
+                return requests.pop(0)
+            self._requests.pop((stage, step), None)
+            self.num_updates[stage] = step + 1
+            self._condition.notify_all()
+            return None
 
     def drain(self, num_steps: int) -> None:
-        """Wait until every stage has finished `num_steps` updates."""
+        """Wait until every stage has finished `num_steps` updates; after close() they may have."""
         with self._condition:
-            self._wait(lambda: min(self.num_updates) >= num_steps)
+            if self._failure or min(self.num_updates) < num_steps:
+                self._wait(lambda: min(self.num_updates) >= num_steps)
 
     def request_after(self, step: int, serve: Callable[[int], None]) -> list[int]:
         """The stages that have finished `step`; the others call serve(stage) when they have.
@@ -112,14 +119,14 @@ class Board:
         Both happen under the lock, so that no stage finishes in between.
         """
         with self._condition:
-            if self._failure or self._is_closed:
+            if self.is_stopped:
                 raise Stopped
             finished = []
             for stage, count in enumerate(self.num_updates):
                 if count > step:
                     finished.append(stage)
                 else:
-                    self._requests[stage, step] = partial(serve, stage)
+                    self._requests.setdefault((stage, step), []).append(partial(serve, stage))
             return finished
 
     def fail(self, stage: int, error: BaseException) -> None:

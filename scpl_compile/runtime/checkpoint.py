@@ -44,29 +44,47 @@ def step_directory(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}"
 
 
+def _file_name(stage: int) -> str:
+    return f"stage-{stage}.safetensors"
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` to `path` in one act: a reader sees the old file or the new one.
 
     A tensor that occurs under several names is written once; the metadata's "aliases" (JSON) maps
     the other names to it.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     seen: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     unique: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, value in tensors.items():
-        tensor = value.detach().cpu()
-        key = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
+        # The key is of the caller's tensor, which stays: a copy's address may be used again.
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        contiguous = tensor.contiguous()
-        shares = contiguous.untyped_storage().nbytes() != contiguous.nbytes
-        unique[name] = contiguous.clone() if shares else contiguous
+        unique[name] = _own_storage(value.detach().cpu().contiguous(), storages)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    save_file(unique, temporary, metadata={**metadata, "aliases": json.dumps(aliases)})
+    try:
+        save_file(unique, temporary, metadata={**metadata, "aliases": json.dumps(aliases)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     os.replace(temporary, path)
+
+
+def _own_storage(tensor: Tensor, taken: set[int]) -> Tensor:
+    """`tensor`, or its clone if its storage holds more or was taken by another view of it."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+        tensor = tensor.clone()
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,7 +101,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ProgramError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise ProgramError(f"{path} is damaged: {error}") from error
-    aliases = json.loads(metadata.pop("aliases", "{}"))
+    aliases = _read_header(path, metadata.pop("aliases", "{}"))
     for name, original in aliases.items():
         if original not in tensors:
             raise ProgramError(
@@ -93,18 +111,31 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _read_header(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object in a file's header."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ProgramError(f"{path} is damaged: its header holds {text[:40]!r}") from error
+
+
 def save_stage(
     directory: Path, stage: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Write one stage's state into the checkpoint `directory`."""
-    path = directory / f"stage-{stage}.safetensors"
+    path = directory / _file_name(stage)
     save_tensors(path, tensors, {"values": json.dumps(values)})
 
 
 def load_stage(directory: Path, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_stage` wrote."""
-    tensors, metadata = load_tensors(directory / f"stage-{stage}.safetensors")
-    return tensors, json.loads(metadata["values"])
+    """What `save_stage` wrote.
+
+    Raises:
+        ProgramError: the file is missing, damaged, or another one.
+    """
+    path = directory / _file_name(stage)
+    tensors, metadata = load_tensors(path)
+    return tensors, _read_header(path, metadata.get("values", ""))
 
 
 def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None:
@@ -112,8 +143,8 @@ def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None
 
     facts: what a resuming run compares: step, plan (digest), and so on.
     """
-    names = [f"stage-{stage}.safetensors" for stage in range(num_stages)]
-    manifest = {**facts, "files": {name: _sha256(directory / name) for name in names}}
+    files = {name: _sha256(directory / name) for name in map(_file_name, range(num_stages))}
+    manifest = {**facts, "files": files}
     temporary = directory / ".manifest.part"
     temporary.write_text(json.dumps(manifest, indent=2))
     os.replace(temporary, directory / "manifest.json")
@@ -131,8 +162,8 @@ def _complete_directories(run: Path) -> list[Path]:
     return sorted(path.parent for path in run.glob("step-*/manifest.json"))
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after every file's sha256 was compared.
+def read_manifest(directory: Path, num_stages: int) -> dict[str, Any]:
+    """The manifest, after the sha256 of every stage's file was compared.
 
     Raises:
         ProgramError: a file is missing or differs from what was written.
@@ -140,11 +171,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        files = dict(manifest["files"])
+        names = [_file_name(stage) for stage in range(num_stages)]
+        hashes = [manifest["files"][name] for name in names]
+        int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProgramError(f"{path} is damaged; remove {directory} to resume earlier") from error
-    for name, expected in files.items():
-        file = directory / Path(name).name
+    for name, expected in zip(names, hashes, strict=True):
+        file = directory / name
         if not file.is_file():
             raise ProgramError(f"{file} is missing; remove {directory} to resume earlier")
         if _sha256(file) != expected:

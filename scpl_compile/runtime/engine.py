@@ -10,6 +10,7 @@ The threads and streams are made once; a step makes none. What differs between t
 list of actions and its gates (actions.py), not the code here.
 """
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from scpl_compile.actions import Action, gates, stage_actions
-from scpl_compile.errors import TrainingError
+from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.board import Board, Message, Stopped
+from scpl_compile.runtime.lane import caller_mark
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Engine", "Event", "StageState"]
@@ -43,7 +45,11 @@ class Engine:
     """Runs the stages of one process side by side.
 
     threads_per_stage: intra-op threads of every worker, the same in every schedule: sums of floats
-    depend on it. actions: the endless list of each stage; given by tests that plant faults.
+    depend on it. depth: batches that may wait before each stage. actions: the endless list of each
+    stage; given by tests that plant faults.
+
+    Raises:
+        MethodError: depth or threads_per_stage is below 1.
     """
 
     def __init__(
@@ -57,6 +63,10 @@ class Engine:
         record_events: bool = False,
         actions: Sequence[Iterator[Action]] | None = None,
     ) -> None:
+        if min(depth, threads_per_stage) < 1:
+            raise MethodError(
+                f"queue depth {depth} and {threads_per_stage} threads per stage: give at least 1"
+            )
         self.stages = tuple(stages)
         self.num_steps = first_step
         self.events: list[Event] = []
@@ -72,9 +82,13 @@ class Engine:
             threading.Thread(target=self._work, args=(step, todo), name=f"stage-{step.index}")
             for step, todo in zip(self.stages, lists, strict=True)
         ]
+        for stage in self.stages:
+            stage.lane.follow()  # the caller made the stages, or loaded them, on its own stream
         for thread in self._threads:
             thread.daemon = True
             thread.start()
+        # A program that ends without close(): a thread inside torch at that moment aborts it.
+        atexit.register(self.close)
 
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
         """Give the batch of the next step to stage 0; waits while its inbox is full.
@@ -82,8 +96,9 @@ class Engine:
         Raises:
             TrainingError: a stage has failed; its exception is the cause.
         """
+        mark = caller_mark([*values.values(), labels])
         with self._telling_failures():
-            self._board.send(0, Message(self.num_steps, values, labels, None))
+            self._board.send(0, Message(self.num_steps, values, labels, mark))
         self.num_steps += 1
 
     def drain(self) -> None:
@@ -109,25 +124,29 @@ class Engine:
                 serve(stage)
 
     def check(self) -> None:
-        """Raises TrainingError if a stage has failed."""
-        if self._board.failure:
+        """Raises TrainingError if a stage has failed or the engine is closed."""
+        if self._board.is_stopped:
             with self._telling_failures():
                 raise Stopped
 
     def close(self) -> None:
-        """Stop the workers; steps that were not drained are lost."""
+        """Stop the workers after the actions at hand; steps that were not drained are lost."""
+        atexit.unregister(self.close)
         self._board.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        if self._board.failure is None:
+            for stage in self.stages:
+                stage.lane.synchronize()
 
     def _telling_failures(self) -> "_TellFailures":
         return _TellFailures(self._board)
 
     def _work(self, stage: StageStep, actions: Iterator[Action]) -> None:
         torch.get_num_threads()  # a thread takes the process's number once; ask before it is set
-        torch.set_num_threads(self._threads_per_stage)
         try:
+            torch.set_num_threads(self._threads_per_stage)
             with stage.lane.scope():
                 for action in actions:
                     start = time.perf_counter_ns()

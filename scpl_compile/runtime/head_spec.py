@@ -47,9 +47,9 @@ class HeadSpec:
     """What a head is made of.
 
     head: identity · linear · mlp (Linear-ReLU-Linear) · mlp-bn (Linear without bias-BN-ReLU-Linear)
-        · conv (a 3x3 convolution, BN and ReLU on every feature map, then an mlp, or a linear where
-        hidden is 0) · auto (conv where a feature map of 2x2 or more crosses, else mlp).
-    hidden, out: widths of the projection.
+        · conv (a 3x3 convolution, BN and ReLU on every feature map, then a Linear) · auto (conv
+        where a feature map of 2x2 or more crosses, else mlp).
+    hidden: width of the mlp. out: width of the projection.
     pooling: none (flatten the whole map) · avg:N (average pool to at most NxN, then flatten) ·
         gap or mean (over all positions; over the unmasked ones of a sequence where the caller
         gives a mask) · cls (first token) · auto (avg:4 for images, avg:2 for video, mean for
@@ -68,14 +68,14 @@ class HeadSpec:
 
     head: str = "auto"
     hidden: int = 256
-    out: int = 128
+    out: int = 64
     pooling: str = "auto"
     layout: str = "auto"
     channels: int = 0
-    channel_multiplier: float = 2.0
-    channel_limit: int = 256
+    channel_multiplier: float = 1.0
+    channel_limit: int = 96
     stride: int = 2
-    conv_size: int = 0
+    conv_size: int = 7
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -127,10 +127,8 @@ class HeadSpec:
 
     @property
     def projection(self) -> str:
-        """The kind of the projection: the head's, and below a convolution mlp or linear."""
-        if self.head != "conv":
-            return self.head
-        return "mlp" if self.hidden else "linear"
+        """The kind of the projection: the head's own, and linear after a convolution."""
+        return "linear" if self.head == "conv" else self.head
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

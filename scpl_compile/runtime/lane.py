@@ -1,6 +1,6 @@
 """A stage's device and, on CUDA, its own stream there; on CPU the same calls do nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scpl_compile.errors import MethodError
 
-__all__ = ["Lane", "Mark", "resolve_devices", "split_devices"]
+__all__ = ["Lane", "Mark", "caller_mark", "resolve_devices", "split_devices"]
 
 Mark = torch.cuda.Event | None
 """The point in the sender's stream after which its tensors are there; None on CPU."""
@@ -44,20 +44,36 @@ class Lane:
         return event
 
     def receive(self, values: Mapping[str, Tensor], mark: Mark) -> dict[str, Tensor]:
-        """The tensors of a sender on this lane's device, safe to read on this lane's stream."""
-        if self.stream is not None and mark is not None:
+        """The tensors of a sender on this lane's device, safe to read on this lane's stream.
+
+        From a GPU to the CPU the host waits: it is the host that reads them.
+        """
+        if mark is not None and self.stream is None:
+            mark.synchronize()
+        elif mark is not None and self.stream is not None:
             self.stream.wait_event(mark)
         received = {}
         for name, value in values.items():
             if self.stream is not None and value.is_cuda:
                 value.record_stream(self.stream)
-            received[name] = value.to(self.device, non_blocking=True)
+            received[name] = value.to(self.device, non_blocking=self.stream is not None)
         return received
+
+    def follow(self) -> None:
+        """What is launched on this lane from now on comes after what the caller has launched."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
         """The host waits for everything launched on this lane."""
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def caller_mark(values: Iterable[Tensor]) -> Mark:
+    """The present end of the caller's stream on the first GPU among `values`; None without any."""
+    device = next((value.device for value in values if value.is_cuda), None)
+    return None if device is None else torch.cuda.current_stream(device).record_event()
 
 
 def resolve_devices(names: tuple[str, ...], num_stages: int) -> tuple[torch.device, ...]:
@@ -78,6 +94,8 @@ def resolve_devices(names: tuple[str, ...], num_stages: int) -> tuple[torch.devi
             device = torch.device(name)
         except RuntimeError as error:
             raise MethodError(f"{name!r} is no device; write cpu, cuda:0, …") from error
+        if device.type not in ("cpu", "cuda"):
+            raise MethodError(f"{name!r} is no device that stages run on; write cpu, cuda:0, …")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise MethodError(
                 f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are visible); "

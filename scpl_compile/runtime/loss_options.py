@@ -85,13 +85,13 @@ class LossOptions(HeadSpec):
         if self.layout != "auto":
             names.add("layout")
         if is_conv:
-            names |= {"channels", "stride"} | ({"conv_size"} if self.conv_size else set())
+            names |= {"channels", "stride", "conv_size"}
             if not resolved.channels:  # the tensors differ in theirs
                 names |= {"channel_multiplier", "channel_limit"}
         if self.contrast:
             names |= {"temperature", "divisor"}
             names |= set() if resolved.head == "identity" else {"out"}
-            names |= {"hidden"} if is_conv or resolved.head.startswith("mlp") else set()
+            names |= {"hidden"} if resolved.head.startswith("mlp") else set()
         if self.cross_entropy and self.classifier != "linear":
             names |= {"classifier", "hidden"}
         return {f.name: getattr(resolved, f.name) for f in fields(resolved) if f.name in names}

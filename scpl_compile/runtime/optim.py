@@ -42,7 +42,7 @@ def make_optimizer(
         return None
     try:
         return known[name.lower()](trainable, **{"lr": lr, **options})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise MethodError(
             f"optimizer {name!r} refuses lr={lr}, {dict(options)}: {error}"
         ) from error
@@ -52,11 +52,16 @@ def learning_rate(lr: float, shape: str, total_steps: int | None) -> Callable[[i
     """The learning rate of step t: constant, or a cosine from `lr` to lr/100 over `total_steps`.
 
     As released, q = (1 + cos(pi t / T)) / 2, here per step instead of per epoch (paper.md 1.4).
+
+    Raises:
+        MethodError: another shape, or fewer than 1 step.
     """
     if shape not in ("cosine", "constant"):
         raise MethodError(f"lr_schedule {shape!r} is not one of constant, cosine")
     if shape == "constant" or total_steps is None:
         return lambda step: lr
+    if total_steps < 1:
+        raise MethodError(f"total_steps is {total_steps}; a cosine needs at least 1")
 
     def cosine(step: int) -> float:
         q = 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))

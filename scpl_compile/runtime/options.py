@@ -1,49 +1,64 @@
 """The options of an emitted program: its flat constants, as the command line changes them."""
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-from scpl_compile.errors import MethodError
 
 __all__ = ["Options", "parse_options"]
 
 Options = argparse.Namespace
 """The constants by name (batch_size, lr, …)."""
 
+_LEAST = {"batch_size": 2, "epochs": 1, "log_every": 1, "save_every": 0, "steps": 0,
+          "threads_per_stage": 1}  # fmt: skip
+"""A batch of one sample has no positive pair, and BatchNorm no variance."""
+
 
 def parse_options(
     doc: str | None, constants: Mapping[str, Any], argv: Sequence[str] | None = None
 ) -> Options:
-    """The program's constants as its command line changes them.
+    """The program's constants as its command line changes them; bad usage ends with exit code 2.
 
+    doc: of the program; its first line and the rest surround the help.
     constants: the module's globals; every lower-case bool, int, float or str is an option, in the
-    order in which it stands there. Exit code 2 for bad usage.
+    order in which it stands there, and the comment behind it is its help.
     """
     head, _, epilog = (doc or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=head, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [--option VALUE …]",
+        description=head,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    comments = _comments(constants)
     for name, value in constants.items():
         if not name.islower() or name.startswith("_") or type(value) not in (bool, int, float, str):
             continue
         flag = f"--{name.replace('_', '-')}"
+        told = [f"default {value}"] if type(value) is not bool or value else []
+        help_text = "; ".join([*told, *comments.get(name, ())]).replace("%", "%%")
         if type(value) is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+            action = argparse.BooleanOptionalAction if value else "store_true"
+            parser.add_argument(flag, action=action, default=value, help=help_text)
         else:
+            kind = type(value)
             parser.add_argument(
-                flag, type=type(value), default=value, metavar=type(value).__name__.upper(),
-                help=f"default {value!r}".replace("%", "%%"),
-            )  # fmt: skip
+                flag, type=kind, default=value, metavar=kind.__name__.upper(), help=help_text
+            )
     options = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "log_every", "threads_per_stage"):
-        if getattr(options, name, 1) < 1:
-            raise MethodError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least 1"
-            )
-    for name in ("steps", "save_every"):
-        if getattr(options, name, 0) < 0:
-            raise MethodError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; give 0 or more"
-            )
+    for name, least in _LEAST.items():
+        if (given := getattr(options, name, least)) < least:
+            parser.error(f"--{name.replace('_', '-')} is {given}; give at least {least}")
     return options
+
+
+def _comments(constants: Mapping[str, Any]) -> dict[str, tuple[str]]:
+    """The comments behind the constants, where the program's file can be read."""
+    try:
+        source = Path(constants["__file__"]).read_text(encoding="utf-8")
+    except (KeyError, OSError, ValueError):
+        return {}
+    found = re.findall(r"^(\w+) = .*?  # (.*)$", source, re.MULTILINE)
+    return {name: (comment,) for name, comment in found}

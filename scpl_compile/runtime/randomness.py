@@ -24,8 +24,8 @@ from torch import Tensor
 
 __all__ = ["StageRandom", "seeded", "spread_seed"]
 
-_GENERATORS = threading.Lock()
-"""Guards the process's default generators (torch, numpy, python)."""
+_GENERATORS = threading.RLock()
+"""Guards the process's default generators (torch, numpy, python). Scopes of one thread may nest."""
 
 
 def spread_seed(seed: int, *parts: int) -> int:
@@ -111,7 +111,7 @@ class StageRandom:
         position, has_gauss = rest["numpy"]
         key = tensors["numpy"].numpy().astype(np.uint32)
         version, gauss = rest["python"]
-        self._state = {
+        self._state |= {
             "torch": tensors["torch"],
             "numpy": {
                 "bit_generator": "MT19937",
@@ -121,5 +121,5 @@ class StageRandom:
             },
             "python": (version, tuple(tensors["python"].tolist()), gauss),
         }
-        if "cuda" in tensors:
+        if "cuda" in tensors and self.device.type == "cuda":
             self._state["cuda"] = tensors["cuda"]

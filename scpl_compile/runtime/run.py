@@ -5,9 +5,13 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 import torch
@@ -16,7 +20,7 @@ from scpl_compile.errors import ProgramError, ScplError, TrainingError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Batch, Loader
-from scpl_compile.runtime.datasets import Splits, open_splits
+from scpl_compile.runtime.datasets import open_splits
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.options import Options
 from scpl_compile.runtime.program import read_plan
@@ -34,16 +38,25 @@ _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "l
 def launch(main: Callable[[], None]) -> None:
     """Run `main`; an error of ours becomes one sentence on stderr and exit code 1.
 
-    Where a stage's worker failed, its own traceback comes first.
+    Where a stage's worker failed, its own traceback comes first. A warning is one line.
     """
-    try:
-        main()
-    except ScplError as error:
-        cause = error.__cause__
-        if isinstance(error, TrainingError) and cause is not None:
-            traceback.print_exception(cause)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            main()
+        except ScplError as error:
+            cause = error.__cause__
+            if isinstance(error, TrainingError) and not isinstance(cause, (OSError, NoneType)):
+                traceback.print_exception(cause)
+            say(f"error: {error}")
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
+            raise SystemExit(130) from None
+
+
+def _show_warning(message: Warning | str, *place: object) -> None:
+    say(f"warning: {message}")
 
 
 def versions() -> dict[str, str]:
@@ -54,9 +67,14 @@ def versions() -> dict[str, str]:
 
 def open_loader(
     plan: Plan, data: str, *, batch_size: int, augment: str = "none", seed: int = 0
-) -> tuple[Loader, Splits]:
-    """The data set `data`, fitted to the plan's inputs."""
+) -> Loader:
+    """The data set `data`, fitted to the plan's inputs.
+
+    A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair.
+    """
     splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
+    num_samples = len(splits.train)
+    is_single = num_samples > batch_size and num_samples % batch_size == 1
     loader = Loader(
         splits,
         inputs=plan.inputs,
@@ -64,20 +82,24 @@ def open_loader(
         batch_size=batch_size,
         augment=augment,
         seed=seed,
+        drop_last=is_single,
     )
     if loader.fit_notice:
         say(loader.fit_notice)
-    return loader, splits
+    if is_single:
+        say(f"{data}: the last batch of every epoch has one sample and is left out")
+    return loader
 
 
 class Run:
     """What surrounds the training loop of an emitted program.
 
     directory: of the program. A run directory that exists is refused, unless --resume goes on from
-    its newest checkpoint or --force replaces it.
+    its newest checkpoint or --force replaces it. Files are written when training starts.
 
     Raises:
-        ProgramError: the run directory exists, or belongs to another plan or other options.
+        ProgramError: the run directory exists, or belongs to another plan or other options; it
+            cannot be written.
     """
 
     def __init__(self, directory: Path, options: Options) -> None:
@@ -91,8 +113,9 @@ class Run:
         self._first_step = 0
         self._start = 0.0
         self._num_samples = 0
-        self._last_losses: list[dict[str, float]] = []
-        self._resume_from = self._prepare_directory()
+        self._num_finished = 0
+        self._recent: list[deque[dict[str, float]]] = []
+        self._resume_from = self._check_directory()
 
     def __enter__(self) -> Self:
         return self
@@ -100,47 +123,63 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _prepare_directory(self) -> Path | None:
+    def _check_directory(self) -> Path | None:
+        """The checkpoint to go on from; refuses a directory that is in the way."""
         path = self.directory
         if self.options.resume:
             newest = checkpoint.latest(path)
             if newest is None:
                 raise ProgramError(
-                    f"{path} has no complete checkpoint to resume from; start without --resume, "
-                    "with --save-every"
+                    f"{path} has no complete checkpoint to resume from; start again with --force "
+                    "and --save-every N"
                 )
             self._compare_options(path)
             return newest
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not (path / "run.json").is_file():
+                raise ProgramError(f"{path} exists and is no run; choose another --run-dir")
             if not self.options.force:
                 raise ProgramError(f"{path} exists; add --resume, --force or another --run-dir")
-            shutil.rmtree(path)
         return None
 
     def _compare_options(self, path: Path) -> None:
         try:
-            before = json.loads((path / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ProgramError(f"{path / 'run.json'} is damaged: {error}") from error
-        if before.get("plan") != self.plan.digest:
+            before = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            plan, options = str(before["plan"]), dict(before["options"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ProgramError(
-                f"{path} is a run of another plan ({str(before.get('plan'))[:12]}, this one is "
-                f"{self.plan.digest[:12]}); resume with the program that began it"
+                f"{path / 'run.json'} is damaged ({error!r}); start again with --force"
+            ) from error
+        if plan != self.plan.digest:
+            raise ProgramError(
+                f"{path} is a run of another plan ({plan[:12]}, this one is "
+                f"{self.plan.digest[:12]}); resume with the program that began it, or start again "
+                "with --force"
             )
         for name in _COMPARED:
-            if before["options"].get(name) != getattr(self.options, name):
+            if options.get(name) != (given := getattr(self.options, name)):
                 flag = f"--{name.replace('_', '-')}"
                 raise ProgramError(
-                    f"{path} was begun with {flag} {before['options'].get(name)}, not "
-                    f"{getattr(self.options, name)}; resume with the same options"
+                    f"{path} was begun with {flag} {options.get(name)}, not {given}; resume with "
+                    "the same options, or start again with --force"
                 )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ProgramError(
+                f"{self.directory} cannot be written ({error}); make room, or choose another "
+                "--run-dir"
+            ) from error
 
     # ------------------------------------------------------------------ before the loop
 
     def open_data(self) -> Loader:
         """The loader of --data; checks shapes and labels before anything is trained."""
         options = self.options
-        loader, splits = open_loader(
+        loader = open_loader(
             self.plan,
             options.data,
             batch_size=options.batch_size,
@@ -165,23 +204,28 @@ class Run:
         )
         self._stack.callback(trainer.close)
         self.trainer = trainer
-        self.directory.mkdir(parents=True, exist_ok=True)
         if self._resume_from is not None:
             trainer.load(self._resume_from)
             say(f"resumed after step {trainer.num_steps} from {self._resume_from}")
-            self._cut_metrics(trainer.num_steps)
-        facts = {"plan": self.plan.digest, "options": vars(options), "versions": versions()}
-        (self.directory / "run.json").write_text(json.dumps(facts, indent=2))
+        self._write_facts()
+        self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
         self._first_step = trainer.num_steps
         self._progress = self._stack.enter_context(Progress(self._total_steps, trainer.num_steps))
         self._start = time.perf_counter()
         return trainer
 
-    def _cut_metrics(self, num_steps: int) -> None:
-        path = self.directory / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] < num_steps))
+    def _write_facts(self) -> None:
+        """The run directory with run.json, and without what the resumed run will do again."""
+        facts = {"plan": self.plan.digest, "options": vars(self.options), "versions": versions()}
+        with self._writing():
+            if self._resume_from is None and self.directory.exists():
+                shutil.rmtree(self.directory)  # an earlier run, or empty: _check_directory
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "run.json").write_text(json.dumps(facts, indent=2), "utf-8")
+            path = self.directory / "metrics.jsonl"
+            if path.exists():
+                kept = _rows_before(self._trainer.num_steps, path.read_text("utf-8"))
+                path.write_text(kept, "utf-8")
 
     def epochs(self, loader: Loader) -> Iterator[tuple[int, int]]:
         """(epoch, first batch) until all steps are done."""
@@ -204,36 +248,53 @@ class Run:
         """Looks at the losses every --log-every steps, saves every --save-every steps."""
         step, options = self._trainer.num_steps, self.options
         self._num_samples += len(batch.labels)
-        if step % options.log_every == 0 or self.is_done:
+        is_saving = options.save_every and step % options.save_every == 0
+        if (step % options.log_every == 0 or is_saving) and not self.is_done:
             self._log()
-        if options.save_every and step % options.save_every == 0:
-            self._trainer.save(self.directory)
+        if is_saving:
+            with self._writing():
+                self._trainer.save(self.directory)
 
     def _log(self) -> None:
-        rows = self._trainer.take_losses()
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            for stage, finished in enumerate(rows):
-                for step, losses in finished:
-                    row = {"step": step, "stage": stage, "losses": losses}
-                    file.write(json.dumps(row) + "\n")
-        means = [_mean([losses for _, losses in finished]) for finished in rows]
-        old = self._last_losses or [{}] * len(means)
-        self._last_losses = [new or before for new, before in zip(means, old, strict=True)]
+        """Writes the losses of what the stages have finished, and shows their latest mean."""
+        finished = self._trainer.take_losses()
+        rows = [
+            {"step": step, "stage": stage, "losses": losses}
+            for stage, steps in enumerate(finished)
+            for step, losses in steps
+        ]
+        self._write_metrics(rows)
+        for recent, steps in zip(self._recent, finished, strict=True):
+            recent.extend(losses for _, losses in steps)
+        self._num_finished += len(finished[-1])
         if self._progress is not None:
-            rate = self._num_samples / max(time.perf_counter() - self._start, 1e-9)
-            self._progress.show(self._trainer.num_steps, self._last_losses, rate)
+            submitted = self._trainer.num_steps - self._first_step
+            samples = self._num_samples * self._num_finished / max(submitted, 1)
+            rate = samples / max(time.perf_counter() - self._start, 1e-9)
+            self._progress.show(self._trainer.num_steps, self._losses(), rate)
+
+    def _losses(self) -> list[dict[str, float]]:
+        """Per stage the mean of each loss over the last --log-every steps that it has finished."""
+        return [_mean(list(recent)) for recent in self._recent]
+
+    def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        with self._writing(), (self.directory / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def after_epoch(self, epoch: int, loader: Loader) -> None:
-        """Accuracy on the validation split, for choosing between runs; the test split waits."""
+        """Accuracy on the validation split, for choosing between runs; the test split waits.
+
+        Its time does not count as training.
+        """
         if self.is_done or not loader.has_split("validation"):
             return
-        found = self._trainer.evaluate(loader.evaluation("validation"))
-        self._write_metric({"epoch": epoch, "validation_accuracy": found.accuracy})
-        say(f"epoch {epoch}: {100 * found.accuracy:.2f} % on the validation split")
-
-    def _write_metric(self, row: Mapping[str, Any]) -> None:
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self._trainer.num_steps - 1, **row}) + "\n")
+        self._trainer.drain()
+        start = time.perf_counter()
+        accuracy = self._trainer.evaluate(loader.evaluation("validation")).accuracy
+        step = self._trainer.num_steps - 1
+        self._write_metrics([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
+        say(f"epoch {epoch}: {100 * accuracy:.2f} % on the validation split")
+        self._start += time.perf_counter() - start
 
     # ------------------------------------------------------------------ after the loop
 
@@ -245,14 +306,14 @@ class Run:
         self._log()
         trainer.wait_saved()
         path = self.directory / "final.safetensors"
-        checkpoint.save_tensors(path, trainer.state_dict(), {"plan": self.plan.digest})
+        with self._writing():
+            checkpoint.save_tensors(path, trainer.state_dict(), {"plan": self.plan.digest})
         self._stack.close()
         found = trainer.evaluate(loader.evaluation("test"))
-        steps = trainer.num_steps - self._first_step
         result: dict[str, Any] = {
             **evaluation_facts(found),
-            "losses": self._last_losses,
-            "samples_per_second": self._num_samples / seconds if steps else 0.0,
+            "losses": self._losses(),
+            "samples_per_second": self._num_samples / seconds,
             "seconds": seconds,
             "steps": trainer.num_steps,
             "schedule": trainer.schedule,
@@ -281,3 +342,15 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     if not rows:
         return {}
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _rows_before(num_steps: int, metrics: str) -> str:
+    """The lines of metrics.jsonl up to step `num_steps`; a run that was killed may tear the last."""
+    kept = []
+    for line in metrics.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] < num_steps:
+                kept.append(line)
+        except ValueError:
+            continue
+    return "".join(kept)

@@ -150,16 +150,20 @@ class StageStep:
         """
         count = len(self._finished)
         finished, self._finished[:count] = self._finished[:count], []
-        scalars = [loss.float().reshape(()) for _, losses in finished for loss in losses.values()]
         with self.lane.scope():
+            scalars = [loss.float().reshape(()) for _, row in finished for loss in row.values()]
             numbers: Iterable[float] = torch.stack(scalars).tolist() if scalars else ()
         values = iter(numbers)
         rows = [(step, {name: next(values) for name in losses}) for step, losses in finished]
         self.check_finite()
         return rows
 
-    def check_finite(self) -> None:
-        """Raises TrainingError if a loss was not finite. Waits for the device."""
+    def check_finite(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Raises TrainingError if a loss was not finite, or a parameter among `tensors` is not.
+
+        tensors: those of `state`; a finite loss may still have given an infinite gradient. Waits
+        for the device.
+        """
         with self.lane.scope():
             bad = int(self._first_bad_step)
         if bad >= 0:
@@ -167,6 +171,13 @@ class StageStep:
                 f"stage {self.index}: the loss is not finite since step {bad}; lower --lr, raise "
                 "the temperature, or look at the inputs of that step"
             )
+        if tensors is None:
+            return
+        for name, value in self.module.named_parameters():
+            if value.requires_grad and not tensors[f"module.{name}"].isfinite().all():
+                raise TrainingError(
+                    f"stage {self.index}: parameter {name!r} is not finite; lower --lr"
+                )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values): all that a later run needs to go on exactly from here."""
@@ -174,6 +185,7 @@ class StageStep:
             tensors = {f"module.{name}": value for name, value in _all_state(self.module)}
             values: dict[str, Any] = {}
             if self.optimizer is not None:
+                values["optimizer"] = type(self.optimizer).__name__
                 for key, entry in self.optimizer.state_dict()["state"].items():
                     for name, value in entry.items():
                         if isinstance(value, Tensor):
@@ -189,7 +201,7 @@ class StageStep:
         """Go on from what `state` gave.
 
         Raises:
-            TrainingError: the tensors are not those of this stage.
+            TrainingError: the tensors are not those of this stage, or of another optimizer.
         """
         own = dict(_all_state(self.module))
         stored = {
@@ -213,10 +225,19 @@ class StageStep:
             n.removeprefix("random."): v for n, v in tensors.items() if n.startswith("random.")
         }
         self.random.load_state(random_tensors, values["random"])
+        self._finished.clear()
+        with self.lane.scope():
+            self._first_bad_step = torch.full_like(self._first_bad_step, -1)
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         if self.optimizer is None:
             return
+        own = type(self.optimizer).__name__
+        if values.get("optimizer") != own:
+            raise TrainingError(
+                f"stage {self.index}: the checkpoint is of the optimizer "
+                f"{values.get('optimizer')}, not {own}; resume with the same optimizer"
+            )
         state: dict[int, dict[str, Any]] = {}
         for source in (tensors, values):
             for path, value in source.items():

@@ -1,9 +1,10 @@
 """The trainer: what `build_trainer` gives and a training loop calls."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,9 +36,7 @@ _HEADS, _STAGE = 1, 2  # what a seed is spread for: the heads' first weights, a 
 
 def allowed_schedules(plan: Plan) -> tuple[str, ...]:
     """The schedules that the plan's method allows; the first is the default."""
-    if plan.schedule == "bp":
-        return ("bp",)
-    return ("stream", "in_step", "sequential")
+    return ("bp",) if plan.schedule == "bp" else ("stream", "in_step", "sequential")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ class Trainer:
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
         record_events: keep every executed action with its times in `events`.
 
-    A step returns at once; losses are read when asked for.
+    A step returns at once: do not write to its tensors afterwards. Losses are read when asked for.
 
     Raises:
         MethodError: an option that the plan does not allow.
@@ -193,7 +192,7 @@ class Trainer:
             raise DataError(f"the model takes the inputs {names}, not {sorted(values)}")
         for spec in self.plan.inputs:
             shape = tuple(values[spec.name].shape[1:])
-            if len(shape) != len(spec.shape):
+            if values[spec.name].ndim != 1 + len(spec.shape):
                 raise DataError(
                     f"input {spec.name!r} has the shape (batch, {', '.join(map(str, shape))}); "
                     f"the program was compiled for (batch, {', '.join(map(str, spec.shape))})"
@@ -204,7 +203,7 @@ class Trainer:
         """On the host and before the copy: later it would be a device-side assert."""
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DataError(f"labels must be int64 (B,), not {labels.dtype} {tuple(labels.shape)}")
-        if labels.numel() == 0 or num_samples % labels.numel():
+        if not labels.numel() or not num_samples or num_samples % labels.numel():
             raise DataError(f"{num_samples} samples have {labels.numel()} labels")
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low == high and labels.numel() > 1 and not self._has_warned:
@@ -253,6 +252,7 @@ class Trainer:
         finally:
             for stage in self._stages:
                 stage.module.train()
+                stage.lane.follow()  # the next update comes after what was launched here
 
     def _infer(self, values: dict[str, Tensor]) -> list[Tensor]:
         exits = []
@@ -297,6 +297,9 @@ class Trainer:
         """The trained model under its original names; loads into the original model. Drains."""
         self.drain()
         state = self.model.state_dict()
+        for stage, spec in zip(self._stages, self.plan.stages, strict=True):
+            own = stage.module.state_dict()  # on another device a stage has its own buffers
+            state |= {name: own[name] for name in spec.buffers if name in own and name in state}
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
     # ------------------------------------------------------------------ checkpoints
@@ -308,29 +311,27 @@ class Trainer:
             TrainingError: the checkpoint before this one could not be written.
         """
         self._join_writer()
-        step = self.num_steps
-        directory = checkpoint.step_directory(run, step)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = checkpoint.step_directory(run, self.num_steps)
+        known = {**(facts or {}), "step": self.num_steps, "plan": self.plan.digest}
         states: dict[int, StageState] = {}
-        known = {**(facts or {}), "step": step, "plan": self.plan.digest}
-        self._written = Future()
-        written = self._written
+        lock = threading.Lock()  # two stages may deliver at the same moment
+        written = self._written = Future()
 
         def write() -> None:
             try:
                 for stage, (tensors, values) in states.items():
+                    self._stages[stage].check_finite(tensors)
                     checkpoint.save_stage(directory, stage, tensors, values)
-                for step_of_stage in self._stages:
-                    step_of_stage.check_finite()
                 checkpoint.complete(directory, known, self.plan.num_stages)
                 written.set_result(None)
             except BaseException as error:
                 written.set_exception(error)
 
         def deliver(stage: int, state: StageState) -> None:
-            states[stage] = state
-            if len(states) == self.plan.num_stages:
-                self._writer.submit(write)
+            with lock:
+                states[stage] = state
+                if len(states) == self.plan.num_stages:
+                    self._writer.submit(write)
 
         self._engine.snapshot(deliver)
 
@@ -346,14 +347,14 @@ class Trainer:
 
     def _join_writer(self) -> None:
         written, self._written = self._written, None
-        while written is not None:
-            try:
-                written.result(timeout=0.2)
-                written = None
-            except TimeoutError:
-                self._engine.check()  # a stage that failed delivers no state
-            except OSError as error:
-                raise TrainingError(f"the checkpoint could not be written: {error}") from error
+        if written is None:
+            return
+        while not wait([written], timeout=0.2).done:
+            self._engine.check()  # a stage that failed delivers no state
+        try:
+            written.result()
+        except OSError as error:
+            raise TrainingError(f"the checkpoint could not be written: {error}") from error
 
     def load(self, directory: Path) -> None:
         """Go on from the checkpoint in `directory`.
@@ -361,7 +362,7 @@ class Trainer:
         Raises:
             ProgramError: it is damaged or belongs to another plan.
         """
-        manifest = checkpoint.read_manifest(directory)
+        manifest = checkpoint.read_manifest(directory, self.plan.num_stages)
         if manifest.get("plan") != self.plan.digest:
             raise ProgramError(
                 f"{directory} belongs to another plan ({str(manifest.get('plan'))[:12]}, not "

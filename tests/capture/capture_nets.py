@@ -85,7 +85,7 @@ def same_result(model: nn.Module, captures: list[Capture], *inputs: Tensor) -> N
         for forward in (model, *(lambda *x, c=c: run(c, *x) for c in captures)):
             before = {k: v.clone() for k, v in model.state_dict().items()}
             torch.manual_seed(0)
-            results.append(forward(*inputs))
+            results.append(forward(*(x.clone() for x in inputs)))
             model.load_state_dict(before)
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=0, atol=0)

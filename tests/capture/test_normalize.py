@@ -1,7 +1,8 @@
 """Containers of tensors are read where they are made; parameters are read where they are used."""
 
-from operator import getitem
+from operator import getitem, iadd
 
+import pytest
 import torch
 from capture_nets import floats, ids, node_of, same_result
 from torch import Tensor, nn
@@ -107,3 +108,77 @@ def test_attributes_that_nothing_uses_are_not_read() -> None:
             return x
 
     assert capture(Asks(), (floats(4),)).compute_nodes == ()
+
+
+class Writes(nn.Module):
+    """A model whose forward is a given function of (a linear layer, x)."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self._function = function
+
+    def forward(self, x):
+        return self._function(self.linear, x)
+
+
+def two_writes(linear, x):
+    y = linear(x)
+    y += x
+    y *= 2.0
+    return y.relu_().view(-1, 2, 2)
+
+
+def read_again(linear, x):
+    y = z = linear(x)
+    y += x
+    return y + z
+
+
+def view_read_again(linear, x):
+    y = linear(x)
+    part = y[:, :2]
+    y += x
+    return part
+
+
+def of_an_input(linear, x):
+    x += 1.0
+    return linear(x)
+
+
+def other_dtype(linear, x):
+    y = linear(x).bfloat16()
+    y += x
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "writes"),
+    [
+        (two_writes, ["relu_"]),
+        (read_again, [iadd]),
+        (view_read_again, [iadd]),
+        (of_an_input, [iadd]),
+        (other_dtype, [iadd]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_write_that_nobody_else_sees_becomes_a_new_tensor(function, writes) -> None:
+    model = Writes(function)
+    captured = capture(model, (floats(4),))
+    found = [n.target for n in captured.compute_nodes if n.meta["mutates"]]
+    assert found == writes
+    same_result(model, [captured], torch.randn(3, 4))
+
+
+def test_what_follows_a_removed_write_is_based_on_the_new_tensor() -> None:
+    captured = capture(Writes(two_writes), (floats(4),))
+    bases = {n.name: n.meta["base"] for n in captured.compute_nodes}
+    assert bases == {
+        "linear": "linear",
+        "iadd": "iadd",
+        "imul": "imul",
+        "relu_": "imul",
+        "view": "imul",
+    }

@@ -178,7 +178,23 @@ class SliceAssignment(Odd):
         return y
 
 
+class AssignsData(Odd):
+    def forward(self, x):
+        y = self.linear(x)
+        y.data = y.data + 1
+        return y
+
+
+class AssignsDataInPlace(Odd):
+    def forward(self, x):
+        y = self.linear(x)
+        y.data += 1
+        return y
+
+
 ODD = {
+    AssignsData: "'data' is assigned",
+    AssignsDataInPlace: "'data' is assigned",
     CustomFunction: "custom autograd.Function",
     CustomFunctionByName: "custom autograd.Function",
     Autocast: "autocast",
@@ -537,3 +553,44 @@ def test_modules_that_torch_switches_are_opened() -> None:
     captured = capture(model, (floats(4),))
     assert captured.opaque == ()
     same_result(model, [captured], torch.randn(6, 4))
+
+
+def in_place_skip(x: Tensor) -> Tensor:
+    skip = x = x * 2
+    x += 1
+    return x * skip
+
+
+def in_place_view(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, :2]
+    part -= 1
+    return y
+
+
+def in_place_each(x: Tensor) -> Tensor:
+    y = x * 2
+    y += 1
+    y *= x
+    y /= 3
+    y -= x
+    y **= 2
+    y //= 2
+    y %= 3
+    mask = y > 1
+    mask &= x > 0
+    mask |= y > 2
+    mask ^= x > 1
+    return y * mask
+
+
+@pytest.mark.parametrize("function", [in_place_skip, in_place_view, in_place_each])
+def test_in_place_operators_write(function) -> None:
+    class Uses(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    model = Net(Uses())
+    captured = capture(model, (floats(4),))
+    assert captured.opaque == ()
+    same_result(model, [captured], torch.randn(3, 4))

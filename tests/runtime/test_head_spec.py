@@ -68,14 +68,14 @@ def test_released_heads_have_the_released_size():
 @pytest.mark.parametrize(
     ("in_shapes", "head", "pooling", "channels"),
     [
-        (((64, 32, 32),), "conv", "avg:4", 128),
-        (((512, 7, 7),), "conv", "avg:4", 256),
+        (((64, 32, 32),), "conv", "avg:4", 64),
+        (((512, 7, 7),), "conv", "avg:4", 96),
         (((512, 1, 1),), "mlp", "avg:4", 0),
         (((128, 768),), "mlp", "mean", 0),
         (((64, 8, 14, 14),), "mlp", "avg:2", 0),
         (((300,),), "mlp", "auto", 0),
         (((128, 768), (300,)), "mlp", "mean", 0),
-        (((8, 9, 9), (4, 16)), "conv", "auto", 16),
+        (((8, 9, 9), (4, 16)), "conv", "auto", 8),
         (((8, 9, 9), (16, 9, 9)), "conv", "avg:4", 0),
     ],
 )

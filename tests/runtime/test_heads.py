@@ -41,13 +41,13 @@ def test_mlp_bn_normalises_between_two_linear_layers(training):
 
 
 def test_conv_is_conv_bn_relu_before_the_pool():
-    head = Head("conv", in_shapes=((3, 9, 9),), channels=4, stride=2, hidden=0, out=6).double()
+    head = Head("conv", in_shapes=((3, 9, 9),), channels=4, conv_size=5, out=6).double()
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
     (conv,) = head.trunk.convs
-    y = F.conv2d(x, conv.conv.weight, stride=2, padding=1)
+    y = F.avg_pool2d(x, 2, ceil_mode=True)  # 9x9 to at most 5x5
+    y = F.conv2d(y, conv.conv.weight, stride=2, padding=1)
     y = F.batch_norm(y, None, None, training=True).relu()
-    y = F.avg_pool2d(y, 2, ceil_mode=True).flatten(1)
-    torch.testing.assert_close(head(x), head.projection.out(y))
+    torch.testing.assert_close(head(x), head.projection.out(y.flatten(1)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 12])

@@ -28,6 +28,7 @@ OPTIONS = st.fixed_dictionaries(
         "layout": st.sampled_from(("nchw", "nhwc")),
         "channels": st.integers(0, 3),
         "channel_limit": st.integers(1, 5),
+        "conv_size": st.integers(0, 5),
         "temperature": st.sampled_from((0.07, 0.5)),
         "divisor": st.sampled_from(("scpl", "khosla")),
     },
@@ -76,11 +77,11 @@ def test_arguments_build_the_same_loss(options, weights, in_shapes):
 def test_arguments_show_only_what_has_an_effect():
     assert LossOptions().arguments(((64, 32, 32),)) == {
         "head": "conv",
-        "hidden": 256,
-        "out": 128,
+        "out": 64,
         "pooling": "avg:4",
-        "channels": 128,
+        "channels": 64,
         "stride": 2,
+        "conv_size": 7,
         "temperature": 0.1,
         "divisor": "scpl",
         "contrast": 1.0,
@@ -134,3 +135,20 @@ def test_paper_is_the_contrastive_loss_alone_on_the_released_head():
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(MethodError, match=message):
         LossOptions.from_options(options)
+
+
+def test_the_default_head_is_cheap():
+    # The bounds that the default was chosen under: 12 % of the training FLOPs of the small net of
+    # benchmarks/models.py (29.5 MFLOP a sample), 5 % of FLOPs and 10 % of parameters of resnet18 at
+    # 224x224 (3.627 GFLOP, 11.18 million), each in four stages.
+    batch_size, default = 256, LossOptions()
+
+    def cost(shapes):
+        flops = sum(objective_flops(default, (s,), 10, batch_size) for s in shapes) / batch_size
+        return flops, sum(objective_parameters(default, (s,), 10) for s in shapes)
+
+    small_flops, _ = cost(((32, 14, 14), (64, 7, 7), (96, 3, 3)))
+    assert small_flops <= 0.12 * 29.54e6
+    resnet_flops, resnet_parameters = cost(((64, 56, 56), (128, 28, 28), (256, 14, 14)))
+    assert resnet_flops <= 0.05 * 3.627e9
+    assert resnet_parameters <= 0.10 * 11.18e6
