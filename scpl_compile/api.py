@@ -1,9 +1,10 @@
 """The pipeline: a model becomes a plan, a plan becomes a program, a program trains."""
 
 import shutil
-import sys
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from scpl_compile.capture import Capture, capture, coarsen
 from scpl_compile.cost import DEVICES, node_costs
 from scpl_compile.emit import check_target, program_directory, write_program
-from scpl_compile.errors import EmitError, SourceError
+from scpl_compile.errors import EmitError, ProgramError, SourceError
 from scpl_compile.inputs import describe_inputs, forward_parameters
 from scpl_compile.ir import InputSpec, ModelSource, Plan, Scalar
 from scpl_compile.methods import make_method
@@ -27,10 +28,10 @@ from scpl_compile.runtime.program import (
     Verification,
     assemble,
     load_stages,
-    load_state,
     read_plan,
     write_verification,
 )
+from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run import evaluation_facts, open_loader, versions
 from scpl_compile.runtime.trainer import Trainer, default_threads
 from scpl_compile.sources import (
@@ -108,10 +109,10 @@ def compile_model(
             without the batch ("3x32x32").
         out: the program's directory; None keeps it in a temporary one, to train from Python.
         force: replace a program in `out`. verify: compare the stages with the model first.
-        options: num_classes, num_stages (default: the number of devices, else 2), split_at,
-            devices, method, preset, options (of heads and losses), config (of the constructor),
-            weights, source (where a module object comes from: needed for `out`), batch_size,
-            threads_per_stage.
+        options: num_classes (default: what the model gives), num_stages (default: the number of
+            devices, else 2), split_at, devices, method, preset, options (of heads and losses),
+            config (of the constructor), weights, source (where a module object comes from: needed
+            for `out`), batch_size, threads_per_stage.
 
     Raises:
         ScplError: see errors.py; nothing is left in `out`.
@@ -125,31 +126,57 @@ def compile_model(
                 "code is: source='file.py:callable' or 'package.module:callable'"
             )
     planned = _plan(model, inputs, **options)
-    plan = planned.plan
-    with program_directory(target, force=force, notice=_notice) as directory:
-        sha256 = write_program(directory, plan, planned.capture, planned.stage_of)
-        found = Verification(
-            plan=plan.digest, weights_sha256=sha256, is_verified=False,
-            random_stages=None, recompute_stages=None, checks={},
-        )  # fmt: skip
-        if verify:
-            found = verify_stages(
-                plan,
-                planned.model,
-                load_stages(directory, plan).STAGES,
-                lambda batch_size: example_inputs(plan.inputs, batch_size),
-                weights_sha256=sha256,
-                select_output=_only_tensor,
-            )
-        write_verification(directory, found)
-    program = Program(plan, target or directory, planned.model, found)
+    with (
+        _telling_write_errors(target),
+        program_directory(target, force=force, notice=say) as directory,
+        _removed_on_error(directory),
+    ):
+        found = _fill(directory, planned, verify)
+    program = Program(planned.plan, target or directory, planned.model, found)
     if target is None:
         weakref.finalize(program, shutil.rmtree, directory, ignore_errors=True)
     return program
 
 
-def _notice(text: str) -> None:
-    print(text, file=sys.stderr)
+@contextmanager
+def _telling_write_errors(target: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EmitError(
+            f"{target or 'a temporary directory'} cannot be written ({error}); make room, or "
+            "choose another -o"
+        ) from error
+
+
+@contextmanager
+def _removed_on_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _fill(directory: Path, planned: _Planned, verify: bool) -> Verification:
+    """Write the program's files; gives what verify found."""
+    plan = planned.plan
+    sha256 = write_program(directory, plan, planned.capture, planned.stage_of)
+    found = Verification(
+        plan=plan.digest, weights_sha256=sha256, is_verified=False,
+        random_stages=None, recompute_stages=None, checks={},
+    )  # fmt: skip
+    if verify:
+        found = verify_stages(
+            plan,
+            planned.model,
+            load_stages(directory, plan).STAGES,
+            lambda batch_size: example_inputs(plan.inputs, batch_size),
+            weights_sha256=sha256,
+            select_output=_only_tensor,
+        )
+    write_verification(directory, found)
+    return found
 
 
 def _only_tensor(output: object) -> Tensor:
@@ -161,7 +188,7 @@ def _plan(
     model: nn.Module | str,
     inputs: Inputs,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     num_stages: int | None = None,
     split_at: Sequence[str] = (),
     devices: Sequence[str] | str | None = None,
@@ -176,12 +203,12 @@ def _plan(
 ) -> _Planned:
     module, model_source, name = _resolve_model(model, source, num_classes, config, weights)
     specs, example_size = _resolve_inputs(module, inputs)
-    placed = split_devices(devices, 10**6) if isinstance(devices, str) else tuple(devices or ())
-    num_stages = num_stages or (len(split_at) + 1 if split_at else 0) or len(placed) or 2
-    placement = _placement(placed or ("cpu",), num_stages)
+    placement = _placement(devices, num_stages, split_at)
     chosen = make_method(method, preset=preset, is_text=_is_text(specs), options=options)
     fine = capture(module, specs, batch_size=max(2, batch_size or example_size or 128))
-    check_output(_output_shapes(fine), num_classes=num_classes, batch_size=fine.batch_size)
+    num_classes = check_output(
+        _output_shapes(fine), num_classes=num_classes, batch_size=fine.batch_size
+    )
     device = DEVICES["cuda" if placement[0].startswith("cuda") else "cpu"]
     costs = node_costs(fine, device)
     problem = cut_problem(fine, costs, chosen, num_classes, device)
@@ -189,14 +216,14 @@ def _plan(
     if split_at:
         found = split_where(problem, split_nodes(fine, split_at))
     else:
-        found = partition(problem, num_stages)
+        found = partition(problem, len(placement))
     stage_of = {name: k for k, names in enumerate(found.stages) for name in names}
     coarse, coarse_stage_of = coarsen(fine, stage_of)
     facts = PlanFacts(
         model=name,
         num_classes=num_classes,
         placement=placement,
-        threads_per_stage=threads_per_stage or default_threads(num_stages),
+        threads_per_stage=threads_per_stage or default_threads(len(placement)),
         optimizer={"name": "adam", "lr": 1e-3},
         solver=found.solver,
         stage_us=found.stage_us,
@@ -212,7 +239,7 @@ def _plan(
 def _resolve_model(
     model: nn.Module | str,
     source: str | None,
-    num_classes: int,
+    num_classes: int | None,
     config: Mapping[str, Scalar] | None,
     weights: Path | None,
 ) -> tuple[nn.Module, ModelSource | None, str]:
@@ -220,9 +247,16 @@ def _resolve_model(
     if isinstance(model, str):
         module, found = load_model(model, num_classes=num_classes, config=config, weights=weights)
         return module, found, model
+    if not isinstance(model, nn.Module):
+        raise SourceError(
+            f"the model is of type {type(model).__name__}; give an nn.Module, or name a callable: "
+            "'file.py:build'"
+        )
     if weights is not None:
         raise SourceError("weights= goes with a model that is named; load them into your object")
     if source is None:
+        if config:
+            raise SourceError("config= goes with a model that is named, or with source=")
         return model, None, type(model).__name__
     again, found = load_model(source, num_classes=num_classes, config=config)
     if odd := sorted(model.state_dict().keys() ^ again.state_dict().keys()):
@@ -239,16 +273,27 @@ def _resolve_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[InputSpec, 
     return describe_inputs(model, inputs)
 
 
-def _placement(devices: Sequence[str], num_stages: int) -> tuple[str, ...]:
+def _placement(
+    devices: Sequence[str] | str | None, num_stages: int | None, split_at: Sequence[str]
+) -> tuple[str, ...]:
     """The device of each stage; devices need not be on this machine."""
-    if len(devices) > num_stages:
-        raise SourceError(f"{len(devices)} devices for {num_stages} stages; name at most one each")
-    for name in devices:
+    names = split_devices(devices, 10**6) if isinstance(devices, str) else tuple(devices or ())
+    if split_at and num_stages not in (None, len(split_at) + 1):
+        raise SourceError(
+            f"--split-at names {len(split_at)} cuts, which make {len(split_at) + 1} stages, not "
+            f"{num_stages}; leave out --stages"
+        )
+    num_devices = 0 if devices == "auto" and names == ("cpu",) else len(names)
+    num_stages = num_stages or (len(split_at) + 1 if split_at else 0) or num_devices or 2
+    names = names or ("cpu",)
+    if len(names) > num_stages:
+        raise SourceError(f"{len(names)} devices for {num_stages} stages; name at most one each")
+    for name in names:
         try:
             torch.device(name)
         except RuntimeError as error:
             raise SourceError(f"{name!r} is no device; write cpu, cuda:0, …") from error
-    return tuple(devices[k * len(devices) // num_stages] for k in range(num_stages))
+    return tuple(names[k * len(names) // num_stages] for k in range(num_stages))
 
 
 def _output_shapes(found: Capture) -> tuple[int, ...] | list[Any]:
@@ -270,22 +315,36 @@ def evaluate_program(
     weights: Path | None = None,
     batch_size: int = 128,
     split: str = "test",
+    devices: str = "auto",
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
+
+    devices: the stages run one after another on these; "auto": GPUs where there are any.
 
     Raises:
         ProgramError: the program or its weights are missing or damaged.
     """
     plan = read_plan(directory)
     path = weights or directory / run_dir / "final.safetensors"
+    if not path.is_file():
+        raise ProgramError(
+            f"{path} is missing; train first: python {directory / 'train.py'}, or name "
+            "--run-dir or --weights"
+        )
     stages = load_stages(directory, plan)
-    loader, _ = open_loader(plan, data, batch_size=batch_size)
-    with stages.build_trainer(devices=("cpu",)) as trainer:
-        load_state(trainer.model, path)
+    loader = open_loader(plan, data, batch_size=batch_size)
+    names = split_devices(devices, plan.num_stages)
+    with stages.build_trainer(devices=names, weights=path) as trainer:
+        start = time.perf_counter()
         found = trainer.evaluate(loader.evaluation(split))
+        seconds = time.perf_counter() - start
+        placed = [str(device) for device in trainer.devices]
     return {
         **evaluation_facts(found),
-        "losses": list(found.losses),
+        "losses": [{"cross_entropy": loss} for loss in found.losses],
+        "samples_per_second": found.num_samples / seconds,
+        "seconds": seconds,
+        "devices": placed,
         "data": data,
         "split": split,
         "weights": str(path),

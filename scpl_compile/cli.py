@@ -40,7 +40,8 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             "--input", "inputs", required=True, metavar="SPEC",
             help="Shapes without the batch: 3x32x32, or ids:int64:128<30000,mask:int64:128<2.",
         ),
-        click.option("--num-classes", type=click.IntRange(min=2), required=True),
+        click.option("--num-classes", type=click.IntRange(min=2), metavar="N",
+                     help="Default: what the model gives."),
         click.option("--stages", "num_stages", type=click.IntRange(min=1), metavar="K",
                      help="Default: the number of devices, else 2."),
         click.option("--split-at", metavar="NAME,…", help="Cut after these modules instead."),
@@ -52,14 +53,15 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--preset", default="default", metavar="NAME", show_default=True,
                      help="default, or paper: the algorithm as released."),
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
-                     help="Of heads and losses: head=mlp, pooling=avg:4, temperature=0.1, last=…"),
+                     help="Of heads and losses: head=mlp, pooling=avg:4, temperature=0.1, …"),
         click.option("--config", default="", metavar="KEY=VALUE,…",
                      help="Arguments of the model's constructor."),
         click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
                      help="Start from this safetensors file."),
         click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2),
-                     help="At which costs are weighed."),
-        click.option("--threads-per-stage", type=click.IntRange(min=1)),
+                     metavar="N", help="At which costs are weighed."),
+        click.option("--threads-per-stage", type=click.IntRange(min=1), metavar="N",
+                     help="Default: the cores, shared among the stages."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -69,17 +71,20 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of api.compile_model that the shared options stand for."""
+    from scpl_compile.errors import context
     from scpl_compile.sources import parse_config
 
     gpus, devices = options.pop("gpus"), options.pop("devices")
     if gpus and devices:
         raise click.UsageError("--gpus and --devices both name the devices; give one of them")
     split_at = options.pop("split_at")
+    with context("--option"):
+        loss_options = parse_config(",".join(options.pop("options")))
     return {
         **options,
         "devices": tuple(f"cuda:{i}" for i in range(gpus)) if gpus else devices,
-        "split_at": tuple(split_at.split(",")) if split_at else (),
-        "options": parse_config(",".join(options.pop("options"))),
+        "split_at": tuple(name.strip() for name in split_at.split(",")) if split_at else (),
+        "options": loss_options,
         "config": parse_config(options.pop("config")),
     }
 
@@ -94,21 +99,27 @@ def main() -> None:
 @_model_options
 @_telling_errors
 def plan(as_json: bool, **options: Any) -> None:
-    """Show where MODEL would be cut, and what each stage would cost.
+    """Show where MODEL would be cut, and its cost.
 
     MODEL is torchvision:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE.
     """
     request = _request(options)
     from scpl_compile.api import plan_model
+    from scpl_compile.report import print_plan
 
-    _show_plan(plan_model(**request), as_json)
+    found = plan_model(**request)
+    print_plan(found)
+    if as_json:
+        click.echo(json.dumps(_plan_object(found)))
 
 
 @main.command(name="compile")
 @_model_options
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--force", is_flag=True, help="Replace a program in DIR.")
-@click.option("--verify/--no-verify", "verify", default=True, show_default=True)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the program is written.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace a program in DIR; DIR/run stays.")
+@click.option("--verify/--no-verify", "verify", default=True, show_default=True,
+              help="Compare the stages with the model first.")  # fmt: skip
 @_telling_errors
 def compile_(as_json: bool, **options: Any) -> None:
     """Write MODEL as a training program into DIR.
@@ -117,32 +128,38 @@ def compile_(as_json: bool, **options: Any) -> None:
     """
     request = _request(options)
     from scpl_compile.api import compile_model
+    from scpl_compile.report import print_plan
 
     program = compile_model(**request)
-    _show_plan(program.plan, as_json)
+    print_plan(program.plan)
     if not request["verify"]:
         click.echo("not verified (--no-verify)", err=True)
     click.echo(f"wrote {program.directory}; try: python {program.directory}/train.py", err=True)
-
-
-def _show_plan(plan: Any, as_json: bool) -> None:
-    from scpl_compile.ir import to_json
-    from scpl_compile.report import plan_facts, print_plan
-
-    print_plan(plan)
     if as_json:
-        facts = {**to_json(plan), "digest": plan.digest}
-        for stage, more in zip(facts["stages"], plan_facts(plan), strict=True):
-            stage.update(more)
+        facts = {**_plan_object(program.plan), "directory": str(program.directory)}
         click.echo(json.dumps(facts))
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def _plan_object(plan: Any) -> dict[str, Any]:
+    """The plan, each stage with what a script asks for first."""
+    from scpl_compile.ir import to_json
+    from scpl_compile.report import plan_facts
+
+    facts = {**to_json(plan), "digest": plan.digest}
+    for stage, more in zip(facts["stages"], plan_facts(plan), strict=True):
+        stage.update(more)
+    return facts
+
+
+@main.command(context_settings={"allow_interspersed_args": False}, options_metavar="")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @_telling_errors
 def train(directory: Path, arguments: tuple[str, ...]) -> None:
-    """Run DIRECTORY/train.py with ARGUMENTS (--data, --epochs, --lr …; --help lists them)."""
+    """Run DIRECTORY/train.py.
+
+    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them.
+    """
     script = directory / "train.py"
     if not script.is_file():
         from scpl_compile.errors import ProgramError
@@ -153,17 +170,21 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--data", default="digits", show_default=True, metavar="SPEC")
-@click.option("--run-dir", default="run", show_default=True, metavar="NAME")
+@click.option("--data", default="digits", show_default=True, metavar="SPEC",
+              help="As train.py takes it.")  # fmt: skip
+@click.option("--run-dir", default="run", show_default=True, metavar="NAME",
+              help="Of the training run.")  # fmt: skip
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
               help="Default: final.safetensors of the run.")  # fmt: skip
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1),
+              metavar="N")  # fmt: skip
 @click.option("--split", default="test", show_default=True,
               type=click.Choice(["train", "validation", "test"]))  # fmt: skip
+@click.option("--devices", default="auto", show_default=True, metavar="D,…")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_telling_errors
 def evaluate(as_json: bool, **options: Any) -> None:
-    """The accuracy of what DIRECTORY's program has trained."""
+    """Tell how accurate the program in DIRECTORY is."""
     from scpl_compile.api import evaluate_program
 
     result = evaluate_program(**options)
@@ -182,7 +203,10 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_telling_errors
 def demo(out: Path, as_json: bool) -> None:
-    """Compile a small CNN into two stages and train it on real digits, in under a minute."""
+    """Train a small CNN in two stages on real digits.
+
+    Takes less than a minute; DIR gets the program, DIR-bp the same model by backpropagation.
+    """
     from scpl_compile.demo import run_demo
 
     result = run_demo(out)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from scpl_compile.errors import SourceError
@@ -27,7 +28,7 @@ def describe_inputs(
     Integer inputs are bounded by the largest example: pass examples that use the whole range.
 
     Raises:
-        SourceError: forward has no such parameter, or the batch sizes differ.
+        SourceError: forward has no such parameter; no tensor, or an empty one; batch sizes differ.
     """
     names = forward_parameters(model)
     if isinstance(inputs, Mapping):
@@ -37,22 +38,25 @@ def describe_inputs(
         if len(tensors) > len(names):
             raise SourceError(f"forward takes {len(names)} inputs, {len(tensors)} are given")
         given = dict(zip(names, tensors, strict=False))
-    specs = []
-    sizes = {name: value.shape[0] if value.ndim else 0 for name, value in given.items()}
+    if not given:
+        raise SourceError("no example input is given")
     for name, value in given.items():
         if name not in names:
             raise SourceError(f"forward takes {', '.join(names)}, and no {name!r}")
-        if sizes[name] == 0 or len(set(sizes.values())) > 1:
-            raise SourceError(f"the inputs' batch sizes differ: {sizes}; the batch comes first")
-        is_integer = not value.is_floating_point()
-        specs.append(
-            InputSpec(
-                name=name,
-                dtype=str(value.dtype).removeprefix("torch."),
-                shape=tuple(value.shape[1:]),
-                high=max(2, int(value.max()) + 1) if is_integer and value.numel() else None,
-            )
-        )
-    if not specs:
-        raise SourceError("no example input is given")
-    return tuple(specs), next(iter(sizes.values()))
+        if not isinstance(value, Tensor) or value.numel() == 0 or value.ndim == 0:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise SourceError(f"input {name!r} is {what}; give a tensor, the batch first")
+    sizes = {name: value.shape[0] for name, value in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise SourceError(f"the inputs' batch sizes differ: {sizes}; the batch comes first")
+    return tuple(_describe(*item) for item in given.items()), next(iter(sizes.values()))
+
+
+def _describe(name: str, value: Tensor) -> InputSpec:
+    is_bounded = not value.is_floating_point() and value.dtype != torch.bool
+    return InputSpec(
+        name=name,
+        dtype=str(value.dtype).removeprefix("torch."),
+        shape=tuple(value.shape[1:]),
+        high=max(2, int(value.max()) + 1) if is_bounded else None,
+    )

@@ -55,6 +55,11 @@ def test_linear() -> None:
     assert cost.source == "roofline"
 
 
+def test_reshaping_around_a_product_is_free() -> None:
+    cost = cost_of(nn.Linear(6, 10, bias=False), 5, 6)
+    assert cost.bytes_moved == 4 * (BATCH * 5 * 6 + 6 * 10 + BATCH * 5 * 10)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_convolution(groups: int) -> None:
     cost = cost_of(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups, bias=False), 4, 10, 10)

@@ -6,7 +6,7 @@ cut, and when the cuts are chosen `coarsen` turns whole modules back into one ca
 
 from torch import nn
 
-from scpl_compile.capture.captured import BATCH, Capture, ModuleCall
+from scpl_compile.capture.captured import BATCH, Capture, ModuleCall, Switch
 from scpl_compile.capture.coarsen import coarsen
 from scpl_compile.capture.graph import (
     CutCandidate,
@@ -31,6 +31,7 @@ __all__ = [
     "Capture",
     "CutCandidate",
     "ModuleCall",
+    "Switch",
     "capture",
     "coarsen",
     "cut_candidates",

@@ -1,6 +1,7 @@
 """What capture hands on: the graph of a model whose nodes call the model's own modules.
 
-Every node of the graph carries these facts in `node.meta`:
+An argument of a node is a node, a constant, a Switch, or a container of these. Every node carries
+these facts in `node.meta`:
 
 =========  =====================================================================================
 scope      keys of the module calls that enclose it, outermost first ("layer1", "layer1.0"; the
@@ -26,7 +27,7 @@ from torch.fx import Graph, Node
 
 from scpl_compile.ir import InputSpec
 
-__all__ = ["BATCH", "Capture", "ModuleCall", "blank_meta"]
+__all__ = ["BATCH", "Capture", "ModuleCall", "Switch", "blank_meta"]
 
 
 class _Batch:
@@ -37,6 +38,14 @@ class _Batch:
 
 
 BATCH: Final = _Batch()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """A constant argument of a node that depends on the mode (`training=self.training`)."""
+
+    training: bool | int | float | str | None
+    evaluation: bool | int | float | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,13 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from scpl_compile.capture.captured import Capture, ModuleCall, blank_meta
+from scpl_compile.capture.captured import Capture, ModuleCall, Switch, blank_meta
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.errors import CaptureError
 
 __all__ = ["coarsen"]
 
-_CONSTANTS = (bool, int, float, str, type(None), type(...), torch.dtype, torch.device)
+_CONSTANTS = (bool, int, float, str, type(None), type(...), torch.dtype, torch.device, Switch)
 
 
 def coarsen(capture: Capture, stage_of: Mapping[str, int]) -> tuple[Capture, dict[str, int]]:

@@ -2,7 +2,8 @@
 
 Functional code that reads `self.training` (F.dropout(training=self.training), `if self.training:`)
 would be frozen as it was while tracing. Where the two graphs differ, the innermost opened module
-whose own code made the difference is kept whole.
+whose own code made the difference is kept whole; the model's own forward cannot be, so there a
+constant that differs becomes a Switch, and anything else is refused.
 """
 
 from collections import defaultdict
@@ -13,6 +14,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from scpl_compile.capture.captured import Switch
 from scpl_compile.capture.proxies import IN_PLACE
 from scpl_compile.capture.state import preserved
 from scpl_compile.capture.tracer import Trace, trace_mode
@@ -23,6 +25,8 @@ __all__ = ["trace"]
 
 _READS_TRAINING = "depends on self.training"
 _PURE_METHODS = frozenset({"size", "dim", "numel", "__getitem__"})
+
+_CONSTANTS = (bool, int, float, str, type(None))
 
 Scope = tuple[str, ...]
 
@@ -58,21 +62,57 @@ def trace(
 
 
 def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
-    """Paths of the modules whose own code differs between the traces; empty if none does."""
+    """Paths of the modules whose own code differs between the traces; empty if none does.
+
+    Constants that differ in the model's own forward become Switch in the training graph.
+    """
     own_training, own_evaluation = _own_code(training.graph), _own_code(evaluation.graph)
     scopes = {
         scope
         for scope in own_training.keys() & own_evaluation.keys()
-        if own_training[scope] != own_evaluation[scope]
-    } or _differing_wiring(training.graph, evaluation.graph)
-    if () in scopes:
-        pairs = zip_longest(own_training[()], own_evaluation[()])
-        first = next((a or b for a, b in pairs if a != b), ("", "what it returns"))
-        raise CaptureError(
-            f"the forward of the model itself depends on self.training (at {first[1]}): move that "
-            "code into a submodule, which is then kept whole"
-        )
+        if scope and own_training[scope] != own_evaluation[scope]
+    }
+    if not scopes:
+        pairs = list(zip_longest(own_training[()], own_evaluation[()], fillvalue=("", "its end")))
+        for one, other in pairs:
+            if one[:2] != other[:2]:
+                raise _root_error(one[1] if one[0] else other[1])
+        _switch_constants(training.graph, evaluation.graph)
+        scopes = _differing_wiring(training.graph, evaluation.graph)
     return {training.calls[scope[-1]].path for scope in scopes}
+
+
+def _root_error(target: Any) -> CaptureError:
+    name = getattr(target, "__name__", target)
+    return CaptureError(
+        f"the forward of the model itself depends on self.training (at {name}): move that code "
+        "into a submodule, which is then kept whole"
+    )
+
+
+def _switch_constants(training: Graph, evaluation: Graph) -> None:
+    """Let constants that differ depend on the mode; the graphs have the same nodes."""
+    for one, other in zip(training.nodes, evaluation.nodes, strict=True):
+        one.args = _merged(one.args, other.args, one)
+        one.kwargs = _merged(one.kwargs, other.kwargs, one)
+
+
+def _merged(one: Any, other: Any, node: Node) -> Any:
+    if isinstance(one, Node):
+        return one
+    if isinstance(one, slice) and isinstance(other, slice):
+        parts = ((one.start, other.start), (one.stop, other.stop), (one.step, other.step))
+        return slice(*(_merged(a, b, node) for a, b in parts))
+    if isinstance(one, (tuple, list)) and len(one) == len(other):
+        items = [_merged(a, b, node) for a, b in zip(one, other, strict=True)]
+        return tuple(items) if isinstance(one, tuple) else items
+    if isinstance(one, dict) and one.keys() == other.keys():
+        return {key: _merged(one[key], other[key], node) for key in one}
+    if one == other:
+        return one
+    if not isinstance(one, _CONSTANTS) or not isinstance(other, _CONSTANTS):
+        raise _root_error(node.target)
+    return Switch(training=one, evaluation=other)
 
 
 def _own_code(graph: Graph) -> dict[Scope, list[Any]]:
@@ -93,14 +133,27 @@ def _differing_wiring(training: Graph, evaluation: Graph) -> set[Scope]:
 
     Where both inputs were made inside one module (`return a if self.training else b`), it is that
     module's scope.
+
+    Raises:
+        CaptureError: it is the model's own forward.
     """
     place = {n: i for graph in (training, evaluation) for i, n in enumerate(graph.nodes)}
     for one, other in zip(training.nodes, evaluation.nodes, strict=True):
-        for a, b in zip(one.all_input_nodes, other.all_input_nodes, strict=False):
+        for a, b in zip(_inputs(one), _inputs(other), strict=True):
             if place[a] != place[b]:
                 common = _common(a.meta["scope"], b.meta["scope"])
-                return {max(common, _common(common, one.meta["scope"]), key=len)}
+                scope = max(common, one.meta["scope"], key=len)
+                if not scope:
+                    raise _root_error(one.target)
+                return {scope}
     return set()
+
+
+def _inputs(node: Node) -> list[Node]:
+    """The nodes among the arguments, each as often as it is there."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _common(a: Scope, b: Scope) -> Scope:

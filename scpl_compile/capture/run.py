@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from scpl_compile.capture.captured import Switch
 from scpl_compile.capture.record import Op, OpRecorder
 from scpl_compile.capture.state import host_random_state, preserved
 from scpl_compile.errors import CaptureError
@@ -137,8 +137,7 @@ class _Run:
         if node.op == "get_attr":
             value = _attribute(self._model, str(node.target))
             return self._seen(value, None)
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
+        args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
         versions = {n: _versions(values[n]) for n in node.all_input_nodes}
         unknown = node.op == "call_module" and node.target in self._opaque
         before = host_random_state() if unknown else None
@@ -213,6 +212,23 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
+
+
+def _filled(argument: Any, values: Mapping[Node, Any]) -> Any:
+    """An argument with values for nodes, in containers that the called code may change."""
+    if isinstance(argument, Node):
+        return values[argument]
+    if isinstance(argument, Switch):
+        return argument.training
+    if isinstance(argument, dict):
+        return {key: _filled(item, values) for key, item in argument.items()}
+    if isinstance(argument, slice):
+        parts = (argument.start, argument.stop, argument.step)
+        return slice(*(_filled(part, values) for part in parts))
+    if isinstance(argument, (tuple, list)):
+        items = [_filled(item, values) for item in argument]
+        return items if isinstance(argument, list) else tuple(items)
+    return argument
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,6 @@ class _Mark:
     tail: Node
     state: ModelState
     randomness: RandomState
-    counts: Counter[str] = field(default_factory=Counter)
-    calls: set[str] = field(default_factory=set)
 
 
 def _is_library_leaf(module: nn.Module) -> bool:
@@ -138,8 +136,6 @@ def check_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
 class _AutoLeafTracer(Tracer):
     """See the module docstring."""
 
-    proxy_buffer_attributes = True
-
     def __init__(self, inputs: tuple[InputSpec, ...], opaque: dict[str, str]) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=_RECORDED[rnn])
         self._inputs = inputs
@@ -200,8 +196,6 @@ class _AutoLeafTracer(Tracer):
             tail=next(iter(reversed(self.graph.nodes))),
             state=self._state.part(m),
             randomness=RandomState.now(),
-            counts=self._counts.copy(),
-            calls=set(self._calls),
         )
         count = self._counts[path]
         key = f"{path}@{count}" if count else path
@@ -242,8 +236,6 @@ class _AutoLeafTracer(Tracer):
             self.graph.erase_node(node)
         mark.state.restore()
         mark.randomness.restore()
-        self._counts = mark.counts
-        self._calls = {key: call for key, call in self._calls.items() if key in mark.calls}
 
     def report(self, reason: str) -> None:
         """Close the innermost opened module, because of `reason`."""
@@ -276,10 +268,6 @@ class _AutoLeafTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A node or constant for an argument; a tensor must be a parameter or a buffer."""
-        if isinstance(a, Proxy):
-            if a.node._erased:
-                raise _Untraceable("uses a value of a module that is not opened")
-            return a.node
         if isinstance(a, torch.Tensor):
             if id(a) not in self._names:
                 raise _Untraceable("uses a tensor that is neither parameter nor buffer")

@@ -40,10 +40,16 @@ def train_source(plan: Plan) -> str:
         num_stages=plan.num_stages,
         picture=f"\nSchedule {plan.schedule} ({what}):\n{rows}",
         schedule=plan.schedule,
-        schedules=" or ".join(allowed_schedules(plan)),
+        schedules=_others(plan),
         devices=",".join(devices),
         threads_per_stage=plan.threads_per_stage,
     )
+
+
+def _others(plan: Plan) -> str:
+    """The comment behind the schedule: which others the method allows."""
+    names = [name for name in allowed_schedules(plan) if name != plan.schedule]
+    return f"  # or {', '.join(names)}" if names else ""
 
 
 def write_program(

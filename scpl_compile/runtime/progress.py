@@ -19,17 +19,19 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         self._total = total_steps
         self._shown = done
         self._console = Console(stderr=True)
         self._bar: Any = Bar(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
+            # What does not fit is cut off at its end, the losses of the last stages.
+            TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
             console=self._console,
-            transient=False,
+            expand=True,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("steps", total=total_steps, completed=done, text="")
@@ -45,9 +47,9 @@ class Progress:
         self, step: int, losses: Sequence[Mapping[str, float]], samples_per_second: float
     ) -> None:
         """losses: per stage, by name; the bar shows the sum of each stage."""
-        sums = "  ".join(f"{sum(terms.values()):.3f}" if terms else "-" for terms in losses)
-        text = f"loss per stage {sums}   {samples_per_second:.0f} samples/s"
+        sums = " ".join(f"{sum(terms.values()):.3f}" if terms else "-" for terms in losses)
+        text = f"{samples_per_second:.0f} samples/s, loss per stage {sums}"
         self._bar.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and (step - self._shown) * 10 >= self._total:
             self._shown = step
-            say(f"step {step}/{self._total}   {text}")
+            say(f"step {step}/{self._total}: {text}")

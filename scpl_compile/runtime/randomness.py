@@ -31,7 +31,7 @@ _GENERATORS = threading.RLock()
 def spread_seed(seed: int, *parts: int) -> int:
     """A 63-bit seed that differs for every combination of `parts` (splitmix64 steps)."""
     state = seed & (2**64 - 1)
-    for part in (*parts, 0):
+    for part in (0, *parts):  # 0: the seed is mixed alone, else only seed + parts[0] would count
         state = (state + 0x9E3779B97F4A7C15 + part) & (2**64 - 1)
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

@@ -7,9 +7,8 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self
@@ -28,7 +27,7 @@ from scpl_compile.runtime.progress import Progress, say
 from scpl_compile.runtime.trainer import Evaluation, Trainer
 from scpl_compile.version import __version__
 
-__all__ = ["Run", "launch", "open_loader", "versions"]
+__all__ = ["Run", "evaluation_facts", "launch", "open_loader", "versions"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "lr", "lr_schedule",
              "seed", "threads_per_stage")  # fmt: skip
@@ -41,7 +40,7 @@ def launch(main: Callable[[], None]) -> None:
     Where a stage's worker failed, its own traceback comes first. A warning is one line.
     """
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *place: say(f"warning: {message}")
         try:
             main()
         except ScplError as error:
@@ -53,10 +52,6 @@ def launch(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
             raise SystemExit(130) from None
-
-
-def _show_warning(message: Warning | str, *place: object) -> None:
-    say(f"warning: {message}")
 
 
 def versions() -> dict[str, str]:
@@ -252,8 +247,7 @@ class Run:
         if (step % options.log_every == 0 or is_saving) and not self.is_done:
             self._log()
         if is_saving:
-            with self._writing():
-                self._trainer.save(self.directory)
+            self._trainer.save(self.directory)
 
     def _log(self) -> None:
         """Writes the losses of what the stages have finished, and shows their latest mean."""
@@ -294,7 +288,7 @@ class Run:
         step = self._trainer.num_steps - 1
         self._write_metrics([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
         say(f"epoch {epoch}: {100 * accuracy:.2f} % on the validation split")
-        self._start += time.perf_counter() - start
+        self._start += time.perf_counter() - start  # as if training had begun so much later
 
     # ------------------------------------------------------------------ after the loop
 
@@ -345,7 +339,7 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _rows_before(num_steps: int, metrics: str) -> str:
-    """The lines of metrics.jsonl up to step `num_steps`; a run that was killed may tear the last."""
+    """The lines of metrics.jsonl before `num_steps`; a run that was killed may have torn one."""
     kept = []
     for line in metrics.splitlines(keepends=True):
         try:

@@ -95,7 +95,8 @@ class StageStep:
         flight.sent = dict(zip(self.sends, as_tuple(sent), strict=True))
         flight.losses = losses
         if losses:
-            total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
+            scalars = [loss.detach().float().reshape(()) for loss in losses.values()]
+            total = torch.stack(scalars).sum()
             is_first = (self._first_bad_step < 0) & ~torch.isfinite(total)
             self._first_bad_step = torch.where(is_first, step, self._first_bad_step)
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate
 
-from scpl_compile.capture import Capture, cut_candidates
+from scpl_compile.capture import Capture, Switch, cut_candidates
 from scpl_compile.ir import InputSpec
 
 
@@ -26,8 +26,7 @@ def run(capture: Capture, *inputs: Tensor) -> Any:
     given = iter(inputs)
     values: dict[Node, Any] = {}
     for node in capture.graph.nodes:
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
+        args, kwargs = (fill(a, values, capture.model.training) for a in (node.args, node.kwargs))
         if node.op == "placeholder":
             values[node] = next(given)
         elif node.op == "get_attr":
@@ -42,6 +41,17 @@ def run(capture: Capture, *inputs: Tensor) -> Any:
         else:
             return args[0]
     raise AssertionError("the graph has no output")
+
+
+def fill(argument: Any, values: dict[Node, Any], training: bool) -> Any:
+    """An argument of a node with values in it."""
+
+    def value(item: Any) -> Any:
+        if isinstance(item, Switch):
+            return item.training if training else item.evaluation
+        return values[item] if isinstance(item, Node) else item
+
+    return map_aggregate(argument, value)
 
 
 def targets(capture: Capture) -> list[str]:

@@ -146,6 +146,15 @@ def test_memory_that_is_written_later_crosses_under_one_name_only() -> None:
     assert found["add_"].allowed and found["add_"].crossing == ("a",)
 
 
+def test_memory_that_is_only_read_may_cross_under_several_names() -> None:
+    def function(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        return m.b(torch.cat([first.relu(), second], 1))
+
+    found = candidates(function, **linears("a", "b"))
+    assert len(found["getitem_1"].crossing) == 2 and found["getitem_1"].allowed
+
+
 def test_an_input_that_was_written_is_not_read_again() -> None:
     def function(m, x):
         y = m.a(x)

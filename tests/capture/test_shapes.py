@@ -226,6 +226,11 @@ def test_shapes_have_recipes_and_data_has_none() -> None:
     assert kinds["view"] == kinds["mean"] == "tensor"
 
 
+def test_numbers_that_come_from_data_have_no_recipe() -> None:
+    captured = capture(Calls(lambda m, x: x * ((x > 1e9).sum().item() + 1)), (floats(3),))
+    assert all("recipe" not in n.meta for n in captured.compute_nodes)
+
+
 def test_sizes_that_mix_the_batch_with_others_have_no_recipe() -> None:
     captured = capture(Calls(lambda m, x: x.new_ones(x.size(0) * 2)), (floats(3),))
     assert node_of(captured, "size").meta["recipe"] is BATCH

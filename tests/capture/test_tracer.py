@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
-from scpl_compile.capture import capture
+from scpl_compile.capture import Switch, capture
 from scpl_compile.errors import CaptureError
 
 
@@ -517,6 +517,21 @@ class TrainingWiring(Odd):
         return y if self.training else z
 
 
+class TrainingWiringOfInputs(Odd):
+    """The choice is between values from outside of the module that chooses."""
+
+    class Chooses(nn.Module):
+        def forward(self, y, z):
+            return (z if self.training else y) - y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = self.Chooses()
+
+    def forward(self, x):
+        return self.odd(self.linear(x), x.tanh())
+
+
 class EvalOnlyFails(Odd):
     def forward(self, x):
         if not self.training and x.sum() > 0:
@@ -525,7 +540,14 @@ class EvalOnlyFails(Odd):
 
 
 @pytest.mark.parametrize(
-    "kind", [FunctionalDropout, TrainingBranch, EvalBranch, TrainingWiring, EvalOnlyFails]
+    "kind",
+    [
+        FunctionalDropout,
+        TrainingBranch,
+        EvalBranch,
+        TrainingWiring,
+        EvalOnlyFails,
+    ],
 )
 def test_code_that_reads_training_stays_whole(kind: type[Odd]) -> None:
     model = Net(Net(kind()))
@@ -534,10 +556,33 @@ def test_code_that_reads_training_stays_whole(kind: type[Odd]) -> None:
     same_result(model, [captured], torch.randn(3, 4))
 
 
-@pytest.mark.parametrize("kind", [FunctionalDropout, TrainingBranch, EvalBranch, TrainingWiring])
-def test_the_model_itself_must_not_read_training(kind: type[Odd]) -> None:
+def test_a_module_that_chooses_between_what_it_is_given_stays_whole() -> None:
+    model = TrainingWiringOfInputs()
+    captured = capture(model, (floats(4),))
+    assert captured.opaque == (("odd", "depends on self.training"),)
+    same_result(model, [captured], torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("kind", [TrainingBranch, EvalBranch, TrainingWiring])
+def test_the_model_itself_must_not_branch_on_training(kind: type[Odd]) -> None:
     with pytest.raises(CaptureError, match=r"depends on self.training \(at .+\): move"):
         capture(kind(), (floats(4),))
+
+
+def test_constants_of_the_model_itself_may_depend_on_training() -> None:
+    class Switches(Odd):
+        def forward(self, x):
+            y = F.dropout(self.linear(x), 0.5, training=self.training)
+            y = y[:, : 3 if self.training else 2] * (2.0 if self.training else 0.5)
+            return y.view(-1, 3 if self.training else 2)
+
+    model = Switches()
+    captured = capture(model, (floats(4),))
+    assert captured.opaque == ()
+    dropout = node_of(captured, F.dropout)
+    assert dropout.kwargs["training"] == Switch(training=True, evaluation=False)
+    assert dropout.meta["random"]
+    same_result(model, [captured], torch.randn(3, 4))
 
 
 def test_modules_that_torch_switches_are_opened() -> None:

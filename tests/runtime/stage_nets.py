@@ -99,12 +99,13 @@ def build_net(num_stages: int, dropout: float = 0.3, seed: int = 11) -> Net:
 
 
 def batches(num_batches: int, *, views: int = 1, seed: int = 5) -> list[Batch]:
-    """Inputs (views * BATCH_SIZE, WIDTH) float32 and labels (BATCH_SIZE,) int64."""
+    """Inputs (views * BATCH_SIZE, WIDTH) float32 and labels (BATCH_SIZE,) int64 of all
+    classes."""
     draws = torch.Generator().manual_seed(seed)
     return [
         (
             torch.randn(views * BATCH_SIZE, WIDTH, generator=draws),
-            torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=draws),
+            torch.randperm(BATCH_SIZE, generator=draws) % NUM_CLASSES,
         )
         for _ in range(num_batches)
     ]
@@ -206,7 +207,7 @@ def make_trainer(
     )
 
 
-# ---------------------------------------------------------------------- stage steps without a trainer
+# ---------------------------------------------------------------------- without a trainer
 
 
 def stage_steps(
@@ -215,10 +216,11 @@ def stage_steps(
     stages: Sequence[StageClass] | None = None,
     optimizer: str = "adam",
     seed: int = 0,
+    dropout: float = 0.3,
     **options: Any,
 ) -> list[StageStep]:
-    """The stage steps of a Net; options: those of StageStep."""
-    model = build_net(num_stages)
+    """The stage steps of a Net; options: those of StageStep. With draws=False set dropout to 0."""
+    model = build_net(num_stages, dropout)
     steps = []
     for k, make in enumerate(stages or block_stages(num_stages)):
         with seeded(100 * seed + k):

@@ -1,0 +1,241 @@
+"""The emitted stages against the original model, before a program may appear.
+
+The stages are loaded from the emitted stages.py and take the modules of the user's own model, so
+eager and stages share every parameter; all that running them changes is put back.
+
+    contents       a stage has the parameters, buffers and stops that the plan gives it
+    forward        eager == stages, in eval and in train mode, at two batch sizes
+    gradients      of the logits, by parameter name, with all cuts and stops opened
+    training step  what is sent is what forward computes, without a gradient, in memory that stays;
+                   the losses and their gradients are the plan's; every parameter that trains in the
+                   model trains by some local loss
+    randomness     which stages draw (their forward moves a generator) or recompute (their backward
+                   runs a forward)
+
+compare.py runs and compares, step.py looks at the training step of one stage.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from scpl_compile.capture.state import RandomState
+from scpl_compile.errors import VerifyError, context
+from scpl_compile.ir import Plan, Scalar
+from scpl_compile.runtime.program import Verification
+from scpl_compile.runtime.stage import StopGradient, as_tuple
+from scpl_compile.runtime.trainer import StageClass
+from scpl_compile.verify.compare import (
+    RTOL,
+    compare_gradients,
+    copies,
+    difference,
+    running,
+    same_start,
+    stops_open,
+    taken_gradients,
+    undisturbed,
+    weighted,
+)
+from scpl_compile.verify.step import StepCheck, named_outputs
+
+__all__ = ["verify"]
+
+MakeInputs = Callable[[int], tuple[Tensor, ...]]
+"""Example inputs of a batch size."""
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What grows while the checks run."""
+
+    random_stages: set[int] = field(default_factory=set)
+    recompute_stages: set[int] = field(default_factory=set)
+    figures: dict[str, Scalar] = field(default_factory=dict)
+
+
+def verify(
+    plan: Plan,
+    model: nn.Module,
+    stages: Sequence[StageClass],
+    make_inputs: MakeInputs,
+    *,
+    weights_sha256: str,
+    select_output: Callable[[object], Tensor],
+    batch_sizes: tuple[int, int] = (3, 2),
+) -> Verification:
+    """Compare the stages with `model`, which is bit for bit as before when this returns.
+
+    Raises:
+        VerifyError: they differ; the message names the first output, parameter or stage.
+    """
+    with undisturbed(model):
+        check = _Check(plan, model, stages, select_output)
+        check.contents()
+        for batch_size in batch_sizes:
+            inputs = make_inputs(batch_size)
+            for training in (False, True):
+                check.forward(inputs, training)
+        inputs = make_inputs(batch_sizes[0])
+        check.coverage(trained=check.gradients(inputs), by_loss=check.training_steps(inputs))
+    found = check.found
+    return Verification(
+        plan=plan.digest,
+        weights_sha256=weights_sha256,
+        is_verified=True,
+        random_stages=tuple(sorted(found.random_stages)),
+        recompute_stages=tuple(sorted(found.recompute_stages | _checkpointed_stages(plan))),
+        checks=found.figures,
+    )
+
+
+def _checkpointed_stages(plan: Plan) -> set[int]:
+    """Stages in which capture found activation checkpointing."""
+    paths = [path for path, reason in plan.opaque if "checkpoint" in reason]
+    return {
+        stage.index
+        for stage in plan.stages
+        if any(f"{path}.".startswith(f"{node}.") for path in paths for node in stage.nodes)
+    }
+
+
+class _Check:
+    """The checks of all stages together; each raises VerifyError."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        stages: Sequence[StageClass],
+        select_output: Callable[[object], Tensor],
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.select_output = select_output
+        self.found = _Findings()
+        self.stages: list[nn.Module] = []
+        for stage, make in zip(plan.stages, stages, strict=True):
+            with running(f"making stage {stage.index}"):
+                self.stages.append(make(model))
+
+    def _inputs(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((spec.name for spec in self.plan.inputs), copies(inputs), strict=True))
+
+    def _eager(self, inputs: Sequence[Tensor]) -> Tensor:
+        """By name: forward may have other parameters between its inputs."""
+        return self.select_output(self.model(**self._inputs(inputs)))
+
+    def _train(self, training: bool) -> None:
+        """As the trainer does, so that a train() of the model that differs is noticed."""
+        for stage in self.stages:
+            stage.train(training)
+
+    def _chain(self, inputs: Sequence[Tensor], *, noting_randomness: bool = False) -> Tensor:
+        """The output after running the stages in order, without cuts."""
+        values = self._inputs(inputs)
+        for stage, module in zip(self.plan.stages, self.stages, strict=True):
+            before = RandomState.now() if noting_randomness else None
+            with running(f"stage {stage.index}"):
+                outputs = as_tuple(module(*(values[name] for name in stage.inputs)))
+            if noting_randomness and before != RandomState.now():
+                self.found.random_stages.add(stage.index)
+            values |= named_outputs(stage, outputs)
+        return values[self.plan.outputs[0]]
+
+    def contents(self) -> None:
+        """Every stage has the parameters, buffers and stops that the plan gives it."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        for stage, module in zip(self.plan.stages, self.stages, strict=True):
+            names = {loss.name for loss in stage.losses if loss.kind == "local"}
+            heads = [child for name, child in module.named_children() if name in names]
+            in_heads = {id(t) for head in heads for t in (*head.parameters(), *head.buffers())}
+            with context(f"stage {stage.index}"):
+                own = {id(t) for t in module.parameters()} - in_heads
+                _same_tensors("parameter", own, stage.parameters, parameters)
+                own = {id(t) for t in module.buffers()} - in_heads
+                _same_tensors("buffer", own, stage.buffers, buffers)
+                stops = sum(isinstance(part, StopGradient) for part in module.modules())
+                planned = sum("stop_at" in loss.options for loss in stage.losses)
+                if stops != planned:
+                    raise VerifyError(f"it stops gradients {stops} times, the plan {planned} times")
+
+    def forward(self, inputs: tuple[Tensor, ...], training: bool) -> None:
+        """The stages' output and the buffers they write are the model's."""
+        mode = "train" if training else "eval"
+        place = f"in {mode} mode at batch size {inputs[0].shape[0]}"
+        self.model.train(training)
+        with torch.no_grad():
+            with same_start(self.model), running(f"the model {place}"):
+                expected = self._eager(inputs)
+                buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+            self._train(training)
+            with same_start(self.model):
+                output = self._chain(inputs, noting_randomness=training)
+                for name, value in self.model.named_buffers():
+                    if difference(value, buffers[name]) > RTOL:
+                        raise VerifyError(f"buffer {name!r} differs after a forward {place}")
+        worst = difference(output, expected)
+        if worst > RTOL:
+            raise VerifyError(
+                f"the stages' output differs from the model's {place} by {worst:.1e} of its "
+                f"largest element (allowed {RTOL:.0e})"
+            )
+        figures, key = self.found.figures, f"forward_{mode}"
+        figures[key] = max(float(figures.get(key, 0.0)), worst)
+
+    def gradients(self, inputs: tuple[Tensor, ...]) -> set[str]:
+        """The logits' gradients are the model's; gives the parameters that train in the model."""
+        leaves = dict(self.model.named_parameters())
+        self.model.train()
+        with same_start(self.model), running("backward through the model"):
+            with taken_gradients(leaves) as expected:
+                weighted(self._eager(inputs)).backward()
+        self._train(True)
+        with same_start(self.model), stops_open(self.stages), running("backward through stages"):
+            with taken_gradients(leaves) as actual:
+                weighted(self._chain(inputs)).backward()
+        worst = compare_gradients(actual, expected, ("the stages", "the model"))
+        self.found.figures["gradients"] = worst
+        self.found.figures["parameters"] = len(expected)
+        return set(expected)
+
+    def training_steps(self, inputs: tuple[Tensor, ...]) -> set[str]:
+        """A step of every stage in order, as the engines run it; gives the parameters it trains."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        labels = torch.arange(inputs[0].shape[0]) // 2 % self.plan.num_classes
+        received = self._inputs(inputs)
+        trained: set[str] = set()
+        for stage, module in zip(self.plan.stages, self.stages, strict=True):
+            check = StepCheck(self.plan, stage, self.model, module, labels)
+            place = f"the training step of stage {stage.index}"
+            with context(place), running("it"):
+                sent, reached = check.run([received[name] for name in stage.inputs])
+            if check.recomputes:
+                self.found.recompute_stages.add(stage.index)
+            own = {name: names.get(id(p), "") for name, p in module.named_parameters()}
+            trained |= {own.get(name, "") for name in reached}
+            received = {c.name: v for c, v in zip(check.crossings, sent, strict=True)}
+        return trained
+
+    def coverage(self, *, trained: set[str], by_loss: set[str]) -> None:
+        """What trains in the model trains by some loss of a stage (in bp: behind it, too)."""
+        missing = trained - by_loss - set(self.plan.untrained)
+        if missing and self.plan.method != "bp":
+            more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise VerifyError(
+                f"parameter {min(missing)!r} trains in the model and by no local loss{more}; cut "
+                "elsewhere with --split-at"
+            )
+
+
+def _same_tensors(
+    kind: str, own: set[int], planned: Sequence[str], known: Mapping[str, Tensor]
+) -> None:
+    names = {id(tensor): name for name, tensor in known.items()}
+    if odd := own ^ {id(known[name]) for name in planned}:
+        name = min(names.get(key, "") for key in odd)
+        where = "the plan" if any(names.get(key) for key in odd - own) else "the emitted stage"
+        raise VerifyError(f"only {where} has the {kind} {name!r}")
