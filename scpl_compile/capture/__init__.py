@@ -5,6 +5,7 @@ cut, and when the cuts are chosen `coarsen` turns whole modules back into one ca
 """
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from scpl_compile.capture.captured import BATCH, Capture, ModuleCall, Switch
 from scpl_compile.capture.coarsen import coarsen
@@ -52,6 +53,9 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
     """
     if batch_size < 2:
         raise CaptureError(f"the batch size is {batch_size}: capture needs at least 2 samples")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(f"{name} has no shape yet: run the model once, then capture it")
     traced, opaque = trace(model, inputs)
     graph = traced.graph
     read_attributes_at_use(graph)

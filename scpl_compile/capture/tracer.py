@@ -100,15 +100,20 @@ def trace_mode(
         CaptureError: the model's own forward cannot be traced, or the inputs do not fit it.
     """
     model.train(training)
+    _check_inputs(model, inputs)
+    if any(getattr(model, hooks) for hooks in _HOOKS):
+        raise CaptureError(
+            f"{type(model).__name__} itself has hooks, which its stages would not run: register "
+            "them on its submodules"
+        )
     if _is_library_leaf(model):
         return _single_call(model, inputs)
-    check_inputs(model, inputs)
     tracer = _AutoLeafTracer(inputs, opaque)
     with watched(tracer.report):
         return tracer.run(model)
 
 
-def check_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
+def _check_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
     """Check that `inputs` name parameters of forward and leave none without a value.
 
     Raises:

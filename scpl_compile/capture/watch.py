@@ -55,7 +55,11 @@ def watched(report: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setprofile(previous)
+        sys.setprofile(None)
+        if callable(previous):
+            sys.setprofile(previous)
+        elif previous is not None:  # cProfile, which is no Python function
+            previous.enable()
 
 
 def _is_function(owner: Any) -> bool:

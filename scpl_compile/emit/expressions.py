@@ -1,22 +1,31 @@
-"""A node of the graph as the line of Python that a person would have written for it."""
+"""A node of the graph as the line of Python that a person would have written for it.
+
+Nothing from a model is pasted into code unless it is an identifier, a number or a quoted string.
+"""
 
 import builtins
-import importlib
 import keyword
 import math
 import operator
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from scpl_compile.capture import Switch
+from scpl_compile.emit.imports import Imports
+from scpl_compile.emit.layout import call_lines, expression_lines
 from scpl_compile.errors import EmitError
+from scpl_compile.methods.flow import value_name
 
-__all__ = ["Imports", "attribute_path", "call_text", "constant", "statement", "variable_names"]
+__all__ = ["attribute", "constant", "function", "statement", "variable_names"]
+
+Variable = Callable[[fx.Node], str]
+"""How a node is read."""
 
 _INFIX: Mapping[Any, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/",
@@ -26,86 +35,57 @@ _INFIX: Mapping[Any, str] = {
     operator.xor: "^", operator.lshift: "<<", operator.rshift: ">>",
 }  # fmt: skip
 _PREFIX: Mapping[Any, str] = {operator.neg: "-", operator.invert: "~", operator.not_: "not "}
+_TORCH = (F, torch, torch.linalg, torch.fft, torch.special)
 
-_RESERVED = {"self", "labels", "losses", "torch", "F", "nn", "Tensor", "operator", "cut", "take"}
-_WIDTH = 100
-
-
-class Imports:
-    """The import lines that the emitted expressions need, gathered as they are written."""
-
-    def __init__(self) -> None:
-        self.modules: set[str] = set()
-        self.names: set[tuple[str, str]] = set()
-
-    def module(self, name: str) -> str:
-        """`name` as an imported module; torch.nn.functional is F."""
-        self.modules.add(name)
-        return "F" if name == "torch.nn.functional" else name
-
-    def name(self, module: str, name: str) -> str:
-        """`name` as imported from `module`."""
-        self.names.add((module, name))
-        return name
-
-    def lines(self) -> list[str]:
-        """The lines in isort's order: the standard library, an empty line, everything else."""
-        return [*self._group(is_standard=True), "", *self._group(is_standard=False)]
-
-    def _group(self, *, is_standard: bool) -> list[str]:
-        def belongs(module: str) -> bool:
-            return (module.split(".")[0] in sys.stdlib_module_names) == is_standard
-
-        plain = [
-            "import torch.nn.functional as F" if name == "torch.nn.functional" else f"import {name}"
-            for name in sorted(filter(belongs, self.modules))
-        ]
-        grouped: dict[str, list[str]] = {}
-        for module, name in sorted(self.names):
-            if belongs(module):
-                grouped.setdefault(module, []).append(name)
-        return plain + [_import_line(module, names) for module, names in grouped.items()]
+_RESERVED = frozenset({"self", "labels", "losses", "sent", "l", "O", "I"})
+"""Names of the methods' own, and those that linters refuse."""
 
 
-def _import_line(module: str, names: list[str]) -> str:
-    ordered = sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
-    line = f"from {module} import {', '.join(ordered)}"
-    if len(line) <= _WIDTH:
-        return line
-    return f"from {module} import (\n" + "".join(f"    {name},\n" for name in ordered) + ")"
+def variable_names(nodes: Iterable[fx.Node], hidden: Set[str]) -> dict[str, str]:
+    """The variable of every value, by the value's name: the same, unless that would hide another.
 
-
-def variable_names(nodes: Iterable[fx.Node]) -> dict[str, str]:
-    """The variable of every node: its own name, unless that would hide another name."""
-    used: set[str] = set(_RESERVED)
+    hidden: the names that the file imports or defines.
+    """
+    used = set(_RESERVED | hidden)
     names = {}
     for node in nodes:
-        text = str(node.target) if node.op == "placeholder" else node.name
-        name = re.sub(r"\W", "_", text)
+        name = re.sub(r"\W", "_", value_name(node))
         while name in used or keyword.iskeyword(name) or hasattr(builtins, name):
             name += "_"
         used.add(name)
-        names[node.name] = name
+        names[value_name(node)] = name
     return names
 
 
-def attribute_path(path: str) -> str:
-    """ "layer2.1.conv" as `layer2[1].conv`; names that are no identifiers go to get_submodule.
+def _is_name(text: str) -> bool:
+    """Whether `.text` reads the attribute of that name.
 
-    Nothing from a model is pasted into code unless it is an identifier or a number.
+    (Python normalises other alphabets, and mangles a leading __ in a class.)
     """
-    text = ""
-    for part in path.split("."):
-        if part.isdigit():
-            text += f"[{int(part)}]"
-        elif part.isidentifier() and not keyword.iskeyword(part):
+    is_plain = text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
+    return is_plain and (not text.startswith("__") or text.endswith("__"))
+
+
+def attribute(path: str, *, is_module: bool) -> str:
+    """What lies at `path` of the model: "layer2.1.conv" is `self.layer2[1].conv`."""
+    text = "self"
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if re.fullmatch("0|[1-9][0-9]*", part):
+            text += f"[{part}]"
+        elif _is_name(part):
             text += f".{part}"
+        elif is_module or i < len(parts) - 1:
+            text += f".get_submodule({_quoted(part)})"
         else:
-            text += f".get_submodule({part!r})"
+            text = f"getattr({text}, {_quoted(part)})"
     return text
 
 
-def constant(value: Any, imports: Imports, variable: Callable[[fx.Node], str]) -> str:
+# ---------------------------------------------------------------------- arguments
+
+
+def constant(value: Any, imports: Imports, variable: Variable) -> str:
     """An argument of a node as source.
 
     Raises:
@@ -116,14 +96,21 @@ def constant(value: Any, imports: Imports, variable: Callable[[fx.Node], str]) -
         return constant(item, imports, variable)
 
     match value:
+        case Enum():
+            pass
         case fx.Node():
             return variable(value)
-        case None | bool() | int() | str() | complex():
+        case Switch():
+            return _switch(value, inner)
+        case None | bool():
+            return repr(value)
+        case int() | float() | complex():
+            return _number(value)
+        case str():
             return _quoted(value)
-        case float():
-            return repr(value) if math.isfinite(value) else f'float("{value}")'
-        case slice():
-            return f"slice({inner(value.start)}, {inner(value.stop)}, {inner(value.step)})"
+        case slice() | range():
+            kind = type(value).__name__
+            return f"{kind}({inner(value.start)}, {inner(value.stop)}, {inner(value.step)})"
         case tuple():
             items = ", ".join(map(inner, value))
             return f"({items},)" if len(value) == 1 else f"({items})"
@@ -145,101 +132,118 @@ def constant(value: Any, imports: Imports, variable: Callable[[fx.Node], str]) -
     )
 
 
-def _quoted(value: Any) -> str:
+def _switch(value: Switch, inner: Callable[[Any], str]) -> str:
+    if (value.training, value.evaluation) == (True, False):
+        return "self.training"
+    if (value.training, value.evaluation) == (False, True):
+        return "(not self.training)"
+    return f"({inner(value.training)} if self.training else {inner(value.evaluation)})"
+
+
+def _number(value: complex) -> str:
+    """Subclasses too (numpy.float64), as the plain number."""
+    if isinstance(value, int):
+        return repr(int(value))
+    if isinstance(value, float):
+        return repr(float(value)) if math.isfinite(value) else f'float("{float(value)}")'
+    return f"complex({_number(value.real)}, {_number(value.imag)})"
+
+
+def _quoted(value: str) -> str:
     """Like repr, with double quotes, as formatters write it."""
-    text = repr(value)
-    if isinstance(value, str) and text.startswith("'") and '"' not in text:
-        return f'"{text[1:-1]}"'
-    return text
+    text = repr(str(value))
+    return f'"{text[1:-1]}"' if text.startswith("'") and '"' not in text else text
 
 
-def _index(value: Any, imports: Imports, variable: Callable[[fx.Node], str]) -> str:
+def _index(value: Any, imports: Imports, variable: Variable) -> str:
+    """What stands between the brackets of a subscript."""
     if isinstance(value, tuple) and value:
-        text = ", ".join(_index(item, imports, variable) for item in value)
-        return text + "," if len(value) == 1 else text
-    if isinstance(value, slice):
-        bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
-        return ":".join("" if b is None else constant(b, imports, variable) for b in bounds)
-    return constant(value, imports, variable)
+        text = ", ".join(_index_item(item, imports, variable) for item in value)
+        return f"{text}," if len(value) == 1 else text
+    return _index_item(value, imports, variable)
+
+
+def _index_item(value: Any, imports: Imports, variable: Variable) -> str:
+    if not isinstance(value, slice):
+        return constant(value, imports, variable)
+    bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
+    texts = ["" if bound is None else constant(bound, imports, variable) for bound in bounds]
+    if all(re.fullmatch(r"-?\w*", text) for text in texts):
+        return ":".join(texts)
+    return " : ".join(texts).strip()
+
+
+# ---------------------------------------------------------------------- statements
 
 
 def statement(
-    node: fx.Node,
-    imports: Imports,
-    variable: Callable[[fx.Node], str],
-    *,
-    indent: int,
-    target: str,
+    node: fx.Node, imports: Imports, variable: Variable, *, prefix: str, indent: int
 ) -> list[str]:
-    """The lines that run `node`: `target = expression`, or the expression where nobody reads it.
-
-    variable: how a node is read.
+    """The lines that run `node`: prefix ("x = ", "return ", "") and the expression.
 
     Raises:
-        EmitError: a function cannot be imported by name.
+        EmitError: a function cannot be imported by name; an argument has no text form.
     """
-    arguments = [constant(a, imports, variable) for a in node.args]
+    arguments = [constant(argument, imports, variable) for argument in node.args]
+    for key in node.kwargs:
+        _check_name(key, "argument")
     keywords = [f"{k}={constant(v, imports, variable)}" for k, v in node.kwargs.items()]
-    target = f"{target} = " if node.users else ""
     if node.op == "call_module":
-        head = f"self{attribute_path(str(node.target))}" if node.target else "self.model"
+        path = str(node.target)
+        head = attribute(path, is_module=True) if path else "self.model"
     elif node.op == "call_method":
+        _check_name(str(node.target), "method")
         head = f"{arguments.pop(0)}.{node.target}"
     else:
         special = _operator_text(node, imports, variable)
         if special is not None:
-            return [" " * indent + target + special]
-        head = _function(node.target, imports)
-    return call_text(f"{target}{head}", [*arguments, *keywords], indent)
+            return expression_lines(prefix, special, indent)
+        head = function(node.target, imports)
+    return call_lines(f"{prefix}{head}", [*arguments, *keywords], indent)
 
 
-def call_text(head: str, arguments: list[str], indent: int) -> list[str]:
-    """`head(arguments)` on one line where it fits, else folded as ruff format folds it."""
-    pad = " " * indent
-    line = f"{pad}{head}({', '.join(arguments)})"
-    if len(line) <= _WIDTH:
-        return [line]
-    inner = f"{pad}    {', '.join(arguments)}"
-    if len(inner) <= _WIDTH:
-        return [f"{pad}{head}(", inner, f"{pad})"]
-    return [f"{pad}{head}(", *(f"{pad}    {argument}," for argument in arguments), f"{pad})"]
+def _check_name(name: str, kind: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise EmitError(f"{name!r} is no name of a {kind}; move that code into a submodule")
 
 
-def _operator_text(
-    node: fx.Node, imports: Imports, variable: Callable[[fx.Node], str]
-) -> str | None:
+def _operator_text(node: fx.Node, imports: Imports, variable: Variable) -> str | None:
+    """`a + b`, `a[0]`, `a.shape`; None where the node is written as a call."""
     target, args = node.target, node.args
     if node.kwargs:
         return None
+    texts = [constant(argument, imports, variable) for argument in args]
     if target is operator.getitem:
-        return f"{constant(args[0], imports, variable)}[{_index(args[1], imports, variable)}]"
-    if target is getattr and isinstance(args[1], str) and args[1].isidentifier():
-        return f"{constant(args[0], imports, variable)}.{args[1]}"
+        return f"{texts[0]}[{_index(args[1], imports, variable)}]"
+    if target is getattr and len(args) == 2 and _is_name(str(args[1])):
+        return f"{texts[0]}.{args[1]}"
+    if target in (operator.eq, operator.ne) and not {"None", "True", "False"}.isdisjoint(texts):
+        return None  # `x == None` reads like a mistake
     if target in _INFIX:
-        left, right = (constant(a, imports, variable) for a in args)
+        left, right = texts
+        if target is operator.pow and left.startswith("-"):
+            left = f"({left})"
         return f"{left} {_INFIX[target]} {right}"
     if target in _PREFIX:
-        return f"{_PREFIX[target]}{constant(args[0], imports, variable)}"
+        return f"{_PREFIX[target]}{texts[0]}"
     return None
 
 
-def _function(target: Any, imports: Imports) -> str:
-    name = getattr(target, "__name__", "")
-    for module in (F, torch):
-        if getattr(module, name, None) is target:
-            return f"{imports.module(module.__name__)}.{name}"
+def function(target: Any, imports: Imports) -> str:
+    """A function by the name under which the emitted file finds it.
+
+    Raises:
+        EmitError: a new process could not import it by name.
+    """
+    name = str(getattr(target, "__name__", ""))
+    for module in _TORCH:
+        short = name.removeprefix(f"{module.__name__.split('.')[-1]}_")
+        if getattr(module, short, None) is target:
+            return f"{imports.module(module.__name__)}.{short}"
     if getattr(builtins, name, None) is target:
-        return str(name)
+        return name
     if getattr(torch.Tensor, name, None) is target:
         return f"{imports.name('torch', 'Tensor')}.{name}"
     if getattr(operator, name, None) is target:
         return f"{imports.module('operator')}.{name}"
-    module_name = getattr(target, "__module__", None) or ""
-    if name.isidentifier() and all(part.isidentifier() for part in module_name.split(".")):
-        module = importlib.import_module(module_name)
-        if getattr(module, name, None) is target:
-            return imports.name(module_name, name)
-    raise EmitError(
-        f"function {target!r} cannot be imported by name; "
-        "move the code that calls it into a submodule"
-    )
+    return imports.function(target)

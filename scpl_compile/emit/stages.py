@@ -2,28 +2,19 @@
 
 from collections.abc import Mapping
 from keyword import iskeyword
+from operator import attrgetter
 from typing import Any
 
-from torch import fx
-
-from scpl_compile.capture import BATCH, Capture
-from scpl_compile.emit.expressions import (
-    Imports,
-    attribute_path,
-    call_text,
-    constant,
-    statement,
-    variable_names,
-)
+from scpl_compile.capture import Capture
+from scpl_compile.emit.expressions import constant
+from scpl_compile.emit.imports import RUNTIME, Imports
+from scpl_compile.emit.layout import call_lines, plain
+from scpl_compile.emit.stage_class import StageClass, stage_title
 from scpl_compile.errors import EmitError, context
-from scpl_compile.ir import Crossing, LocalLoss, ModelSource, Plan, Stage
-from scpl_compile.methods.flow import value_name
-from scpl_compile.methods.plan import stage_paths
+from scpl_compile.ir import ModelSource, Plan
 from scpl_compile.version import __version__
 
 __all__ = ["stages_source", "stamp"]
-
-_RUNTIME = "scpl_compile.runtime"
 
 
 def stamp(plan: Plan) -> str:
@@ -37,43 +28,45 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
     Raises:
         EmitError: a node has no text form; the message names its stage.
     """
-    imports = Imports()
+    classes = [f"Stage{stage.index}" for stage in plan.stages]
+    imports = Imports(own=classes)
+    for module, name in (("torch", "Tensor"), ("torch", "nn"), ("typing", "Any")):
+        imports.name(module, name)
     bodies = []
     for stage in plan.stages:
         with context(f"stage {stage.index}"):
-            bodies.append(_StageWriter(plan, stage, capture, stage_of, imports).lines())
-    functions = [*_build_model(plan.source, imports), "", "", *_build_trainer(plan, imports)]
-    imports.names |= {("torch", "Tensor"), ("torch", "nn"), ("typing", "Any"), ("pathlib", "Path")}
+            bodies.append(StageClass(plan, stage, capture, stage_of, imports).lines())
+    functions = [*_build_model(plan.source, imports), "", "", *_build_trainer(imports)]
+    path = imports.name("pathlib", "Path")
     lines = [
         stamp(plan),
         *_docstring(plan),
         "",
         *imports.lines(),
         "",
-        "HERE = Path(__file__).resolve().parent",
+        f"HERE = {path}(__file__).resolve().parent",
         "",
         "",
         *functions,
     ]
     for body in bodies:
         lines += ["", "", *body]
-    classes = ", ".join(f"Stage{stage.index}" for stage in plan.stages)
     trailing = "," if plan.num_stages == 1 else ""
-    lines += ["", "", f"STAGES = ({classes}{trailing})"]
+    lines += ["", "", f"STAGES = ({', '.join(classes)}{trailing})"]
     return "\n".join(lines) + "\n"
 
 
 def _docstring(plan: Plan) -> list[str]:
     total = sum(stage.cost_us for stage in plan.stages)
-    rows = [
-        f"    stage {s.index}   {s.nodes[0]} .. {s.nodes[-1]}: "
-        f"{s.num_parameters:,} parameters, {100 * s.cost_us / total:.0f} % of the cost"
-        for s in plan.stages
-    ]
+    rows = []
+    for s in plan.stages:
+        facts = f"{s.num_parameters:,} parameters, {100 * s.cost_us / total:.0f} % of the cost"
+        rows.append(f"    stage {s.index}   {stage_title(s, 80 - len(facts))}: {facts}")
     flow = {
         "bp": "Values and gradients pass from stage to stage (plain backpropagation).",
     }.get(plan.method, "A value passes from stage to stage; its gradient does not (`cut`).")
-    return [f'"""The stages of {plan.model}, method {plan.method}.', "", *rows, "", flow, '"""']
+    title = f"The stages of {plain(plan.model, 60)}, method {plan.method}."
+    return [f'"""{title}', "", *rows, "", flow, '"""']
 
 
 def _build_model(source: ModelSource | None, imports: Imports) -> list[str]:
@@ -90,214 +83,35 @@ def _build_model(source: ModelSource | None, imports: Imports) -> list[str]:
     doc = '    """The model as it was compiled; its first weights are in weights.safetensors."""'
     if odd := [key for key in source.config if not key.isidentifier() or iskeyword(key)]:
         raise EmitError(f"config {odd[0]!r} is no name of an argument")
-    arguments = [f"{k}={constant(v, imports, str)}" for k, v in source.config.items()]
+    arguments = [f"{key}={_constant(value, imports)}" for key, value in source.config.items()]
     module, name = source.spec.rsplit(":", 1)
+    lines: list[str] = []
     if source.path is not None:
-        loader = imports.name(_RUNTIME, "load_callable")
-        where = [constant(text, imports, str) for text in (source.path, name, source.sha256)]
+        loader = imports.name(RUNTIME, "load_callable")
+        where = [_constant(text, imports) for text in (source.path, name, source.sha256)]
         found = "model" if source.is_object else "build"
-        lines = call_text(f"{found}: Any = {loader}", where, 4)
+        lines = call_lines(f"{found}: Any = {loader}", where, 4)
     elif module == "torchvision":
-        function = imports.name("torchvision.models", name)
-        return [*head, doc, *call_text(f"return {function}", ["weights=None", *arguments], 4)]
+        found = imports.name("torchvision.models", name)
+        arguments = ["weights=None", *arguments]
     else:
-        first, _, rest = name.partition(".")
-        lines, found = [], ".".join([imports.name(module, first), *([rest] if rest else [])])
+        first, *rest = name.split(".")
+        found = ".".join([imports.name(module, first), *rest])
     if source.is_object:
         lines.append(f"    return {imports.name('copy', 'deepcopy')}({found})")
         return [*head, doc, *lines]
-    return [*head, doc, *lines, *call_text(f"return {found}", arguments, 4)]
+    return [*head, doc, *lines, *call_lines(f"return {found}", arguments, 4)]
 
 
-def _build_trainer(plan: Plan, imports: Imports) -> list[str]:
-    trainer = imports.name(_RUNTIME, "Trainer")
-    assemble = imports.name(_RUNTIME, "assemble")
+def _constant(value: Any, imports: Imports) -> str:
+    return constant(value, imports, attrgetter("name"))
+
+
+def _build_trainer(imports: Imports) -> list[str]:
+    trainer = imports.name(RUNTIME, "Trainer")
+    assemble = imports.name(RUNTIME, "assemble")
     return [
         f"def build_trainer(**options: Any) -> {trainer}:",
         '    """A trainer of this program; options: those of scpl_compile.runtime.Trainer."""',
         f"    return {assemble}(HERE, build_model, STAGES, **options)",
-    ]
-
-
-class _StageWriter:
-    """Writes one stage class."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        stage: Stage,
-        capture: Capture,
-        stage_of: Mapping[str, int],
-        imports: Imports,
-    ) -> None:
-        self.plan = plan
-        self.stage = stage
-        self.stage_of = stage_of
-        self.imports = imports
-        self.nodes = [n for n in capture.graph.nodes if stage_of.get(n.name) == stage.index]
-        self.by_name = {n.name: n for n in capture.graph.nodes}
-        self.names = variable_names(n for n in capture.graph.nodes if n.op != "output")
-        inputs = capture.graph.find_nodes(op="placeholder")
-        self.names |= {value_name(n): self.names[n.name] for n in inputs}
-        stops = (loss.options.get("stop_at") for loss in stage.losses)
-        self.stop_at = next((str(stop) for stop in stops if stop), "")
-        if self.stop_at:
-            self.imports.name(_RUNTIME, "StopGradient")
-
-    def lines(self) -> list[str]:
-        """The class."""
-        stage = self.stage
-        title = f"{stage.nodes[0]} .. {stage.nodes[-1]}"
-        base = "nn.Module"
-        if any(path.split(".")[0].isdigit() for path in stage_paths(self.nodes)):
-            base = self.imports.name(_RUNTIME, "Part")  # the model is a container: self[0](x)
-        lines = [f"class Stage{stage.index}({base}):", f'    """{title}."""', ""]
-        lines += [*self._init(), "", *self._forward(), "", *self._training_step()]
-        if any(step == f"{stage.index}X" for step in self.plan.inference):
-            lines += ["", *self._exit()]
-        return lines
-
-    def _variables(self, names: tuple[str, ...]) -> list[str]:
-        return [self.names[name] for name in names]
-
-    def _init(self) -> list[str]:
-        lines = ["    def __init__(self, model: nn.Module) -> None:", "        super().__init__()"]
-        paths = stage_paths(self.nodes)
-        if paths == ("",):
-            lines.append("        self.model = model")
-        elif paths:
-            take = self.imports.name(_RUNTIME, "take")
-            lines += call_text(take, ["self", "model", *(f'"{path}"' for path in paths)], 8)
-        for loss in self.stage.losses:
-            if loss.kind == "local":
-                self.imports.name(_RUNTIME, "LocalLoss")
-                lines += call_text(f"self.{loss.name} = LocalLoss", self._arguments(loss), 8)
-        if self.stop_at:
-            lines.append("        self.stop = StopGradient()")
-        return lines
-
-    def _arguments(self, loss: LocalLoss) -> list[str]:
-        arguments: dict[str, object] = {
-            "num_classes": self.plan.num_classes,
-            "in_shapes": loss.in_shapes,
-        }
-        if any(loss.batch_dims):
-            arguments["batch_dims"] = loss.batch_dims
-        arguments.update(loss.options)
-        return [f"{k}={constant(v, self.imports, str)}" for k, v in arguments.items()]
-
-    def _signature(self, name: str, result: str, *more: str) -> list[str]:
-        arguments = [f"{v}: Tensor" for v in self._variables(self.stage.inputs)]
-        return _signature_lines(name, [*arguments, *more], result)
-
-    def _forward(self) -> list[str]:
-        result = "Tensor" if len(self.stage.outputs) == 1 else "tuple[Tensor, ...]"
-        lines = self._signature("forward", result)
-        written = {
-            value_name(self.by_name[name]) for node in self.nodes for name in node.meta["mutates"]
-        }
-        if self.stage.index:
-            for name in self.stage.inputs:
-                if name in written:
-                    variable = self.names[name]
-                    lines.append(
-                        f"        {variable} = {variable}.clone()  # written in place below"
-                    )
-        for node in self.nodes:
-            lines += statement(
-                node, self.imports, self._read, indent=8, target=self.names[node.name]
-            )
-        return [*lines, f"        return {', '.join(self._variables(self.stage.outputs))}"]
-
-    def _read(self, node: fx.Node) -> str:
-        if node.op == "get_attr":
-            return f"self{attribute_path(str(node.target))}"
-        if "recipe" in node.meta and self.stage_of.get(node.name) != self.stage.index:
-            return self._recomputed(node.meta["recipe"])
-        name = self.names[node.name]
-        return f"self.stop({name})" if node.name == self.stop_at else name
-
-    def _recomputed(self, recipe: Any) -> str:
-        """A size that another stage computed, from what this stage has."""
-        if recipe is BATCH:
-            name, dim = self._sized_input()
-            return f"{self.names[name]}.shape[{dim}]"
-        if isinstance(recipe, tuple):
-            items = ", ".join(self._recomputed(item) for item in recipe)
-            return f"({items},)" if len(recipe) == 1 else f"({items})"
-        return constant(recipe, self.imports, str)
-
-    def _sized_input(self) -> tuple[str, int]:
-        """An input of this stage with a batch dimension, and that dimension."""
-        for crossing in self.plan.cuts[self.stage.index - 1].crossings:
-            if crossing.meta.batch_dim is not None:
-                return crossing.name, crossing.meta.batch_dim
-        raise EmitError("no tensor that crosses into it has a batch dimension")
-
-    def _training_step(self) -> list[str]:
-        result = "tuple[tuple[Tensor, ...], dict[str, Tensor]]"
-        star = [] if not self.stage.inputs else ["*"]
-        lines = self._signature("training_step", result, *star, "labels: Tensor")
-        outputs = ", ".join(self._variables(self.stage.outputs))
-        inputs = ", ".join(self._variables(self.stage.inputs))
-        lines.append(f"        {outputs} = self({inputs})")
-        lines += self._losses()
-        sent = [self._sent(crossing) for crossing in self._crossings()]
-        joined = f"({sent[0]},)" if len(sent) == 1 else f"({', '.join(sent)})"
-        return [*lines, f"        return {joined}, losses"]
-
-    def _crossings(self) -> tuple[Crossing, ...]:
-        if self.stage.index == self.plan.num_stages - 1:
-            return ()
-        return self.plan.cuts[self.stage.index].crossings
-
-    def _sent(self, crossing: Crossing) -> str:
-        variable = self.names[crossing.name]
-        if not self.plan.cuts[self.stage.index].detach:
-            return variable
-        is_first = crossing.producer in (self.stage.index, -1) and (
-            crossing.producer >= 0 or self.stage.index == 0
-        )
-        clone = ", clone=True" if crossing.alias and is_first else ""
-        return f"{self.imports.name(_RUNTIME, 'cut')}({variable}{clone})"
-
-    def _losses(self) -> list[str]:
-        if not self.stage.losses:
-            return ["        losses: dict[str, Tensor] = {}"]
-        parts: list[str] = []
-        lines: list[str] = []
-        for loss in self.stage.losses:
-            reads = self._variables(loss.reads)
-            if loss.kind == "local":
-                mask = [f"mask={self.names[loss.mask]}"] if loss.mask else []
-                arguments = [*reads, "labels=labels", *mask]
-                lines += call_text(f"losses = self.{loss.name}", arguments, 8)
-            else:
-                function = self.imports.name(_RUNTIME, "cross_entropy")
-                parts.append(f'"{loss.name}": {function}({reads[0]}, labels)')
-        if parts and lines:
-            return [*lines, f"        losses |= {{{', '.join(parts)}}}"]
-        return lines or [f"        losses = {{{', '.join(parts)}}}"]
-
-    def _exit(self) -> list[str]:
-        loss = next(loss for loss in self.stage.losses if loss.kind == "local")
-        reads = self._variables(loss.reads)
-        masks = [self.names[loss.mask]] if loss.mask else []
-        lines = _signature_lines("exit", [f"{name}: Tensor" for name in reads + masks], "Tensor")
-        arguments = [*reads, *(f"mask={name}" for name in masks)]
-        return [*lines, *call_text(f"return self.{loss.name}.logits", arguments, 8)]
-
-
-def _signature_lines(name: str, arguments: list[str], result: str) -> list[str]:
-    line = f"    def {name}(self, {', '.join(arguments)}) -> {result}:"
-    if len(line) <= 100:
-        return [line]
-    inner = f"        self, {', '.join(arguments)}"
-    if len(inner) <= 100:
-        return [f"    def {name}(", inner, f"    ) -> {result}:"]
-    return [
-        f"    def {name}(",
-        "        self,",
-        *(f"        {argument}," for argument in arguments),
-        f"    ) -> {result}:",
     ]

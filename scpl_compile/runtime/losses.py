@@ -56,6 +56,7 @@ class LocalLoss(nn.Module):
         super().__init__()
         spec = LossOptions.from_options(options).resolve(in_shapes)
         self.options = spec
+        self._reads_tokens = any(len(shape) == 2 for shape in in_shapes)
         self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
         width, hidden = self.trunk.out_features, spec.hidden
         self.projection: Projection | None = None
@@ -85,9 +86,20 @@ class LocalLoss(nn.Module):
                 divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked it
             )
         if self.classifier is not None:
-            logits = self.classifier(pooled)
+            logits = self._classify(self.classifier, pooled)
             terms["cross_entropy"] = options.cross_entropy * cross_entropy(logits, labels)
         return terms
+
+    def _classify(self, classifier: Projection, pooled: Tensor) -> Tensor:
+        """Logits of the pooled vector; that of tokens is brought to mean 0 and variance 1.
+
+        A pre-norm transformer never normalises what it passes from block to block; a classifier
+        of that as it is made the loss of a ViT-B jump from 0.03 to 20 (Adam, 1e-3).
+        """
+        if self._reads_tokens:
+            pooled = F.layer_norm(pooled, pooled.shape[1:])
+        logits: Tensor = classifier(pooled)
+        return logits
 
     def logits(self, *features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, num_classes) of the local classifier: the stage's exit.
@@ -97,5 +109,4 @@ class LocalLoss(nn.Module):
         """
         if self.classifier is None:
             raise MethodError("this local loss has no classifier; set cross_entropy above 0")
-        logits: Tensor = self.classifier(self.trunk(*features, mask=mask))
-        return logits
+        return self._classify(self.classifier, self.trunk(*features, mask=mask))

@@ -483,11 +483,22 @@ def test_the_model_itself_must_be_traceable(kind: type[Odd], message: str) -> No
         capture(kind(), (floats(4),))
 
 
+def test_hooks_of_the_model_itself_and_lazy_parameters_are_refused() -> None:
+    model = Plain()
+    model.register_forward_hook(lambda m, x, y: None)
+    with pytest.raises(CaptureError, match="Plain itself has hooks"):
+        capture(model, (floats(4),))
+    with pytest.raises(CaptureError, match="0.weight has no shape yet"):
+        capture(nn.Sequential(nn.LazyLinear(3)), (floats(4, name="input"),))
+
+
 def test_inputs_must_be_forwards_parameters() -> None:
     with pytest.raises(CaptureError, match="'x': describe it"):
         capture(Plain(), (floats(4, name="bias"),))
     with pytest.raises(CaptureError, match="--input y is not a parameter.*x, scale, bias"):
         capture(Plain(), (floats(4), floats(4, name="y")))
+    with pytest.raises(CaptureError, match="--input x is not a parameter of Linear.forward"):
+        capture(nn.Linear(4, 4), (floats(4),))
     with pytest.raises(CaptureError, match="at least 2"):
         capture(Plain(), (floats(4),), batch_size=1)
 

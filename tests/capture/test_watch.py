@@ -1,5 +1,6 @@
 """Constructs that leave no node are noticed whatever name they are called by."""
 
+import cProfile
 import sys
 
 import pytest
@@ -73,3 +74,14 @@ def test_the_hook_is_removed_and_an_older_one_put_back() -> None:
         assert sys.getprofile() is older
     finally:
         sys.setprofile(before)
+
+
+def test_it_works_under_cprofile() -> None:
+    found: list[str] = []
+    with cProfile.Profile() as profile:
+        with watched(found.append):
+            CONSTRUCTS["no_grad"]()
+        torch.ones(1).sum()
+    assert "no_grad" in found
+    names = {entry.code if isinstance(entry.code, str) else "" for entry in profile.getstats()}
+    assert any("'sum'" in name for name in names)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scpl_compile.ir import Crossing, Cut, InputSpec, LocalLoss, Plan, Stage, TensorMeta
+from scpl_compile.runtime.engine import Engine
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.optim import make_optimizer
 from scpl_compile.runtime.randomness import StageRandom, seeded
@@ -18,6 +19,8 @@ from scpl_compile.runtime.trainer import StageClass, Trainer
 
 WIDTH, NUM_CLASSES, BATCH_SIZE = 8, 4, 6
 CPU = torch.device("cpu")
+SECONDS = 20.0
+"""How long a test waits for what must happen; reached only where it fails."""
 Batch = tuple[Tensor, Tensor]
 
 # ---------------------------------------------------------------------- a model of K blocks
@@ -82,6 +85,26 @@ class BlockStage(nn.Module):
 
     def exit(self, y: Tensor) -> Tensor:
         return self.head(y)
+
+
+class Spoiled(BlockStage):
+    """Its loss is not a number at its fourth batch."""
+
+    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
+        self.calls = getattr(self, "calls", -1) + 1
+        sent, losses = super().training_step(x, labels=labels)
+        factor = float("nan") if self.calls == 3 else 1.0
+        return sent, {name: loss * factor for name, loss in losses.items()}
+
+
+class Fails(BlockStage):
+    """Fails at its third batch."""
+
+    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
+        self.calls = getattr(self, "calls", -1) + 1
+        if self.calls == 2:
+            raise ValueError("no such number")
+        return super().training_step(x, labels=labels)
 
 
 def block_stages(num_stages: int, **others: Callable[[Net, int], nn.Module]) -> list[StageClass]:
@@ -253,11 +276,11 @@ class SilentSgd(torch.optim.Optimizer):
                 parameter.data.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
 
 
-# ---------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------- training, comparing
 
 
 def state_of(stages: Sequence[StageStep]) -> dict[str, object]:
-    """All that the stages own, and their losses: bytes and JSON values by name. Drain first."""
+    """All that the stages own: bytes and JSON values by name. Drain first."""
     found: dict[str, object] = {}
     for stage in stages:
         tensors, values = stage.state()
@@ -270,3 +293,44 @@ def state_of(stages: Sequence[StageStep]) -> dict[str, object]:
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     """The names at which two states differ in a bit."""
     return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+
+
+def submit_steps(engine: Engine, num_steps: int, first: int = 0) -> None:
+    """Give the first batches to the engine, those before `first` left out."""
+    for x, labels in batches(num_steps)[first:]:
+        engine.submit({"x": x}, labels)
+
+
+def train_steps(
+    num_stages: int, schedule: str, num_steps: int = 20, **options: Any
+) -> tuple[dict[str, object], Engine]:
+    """All that the stages own after training, and the closed engine."""
+    steps = options.pop("steps", None) or stage_steps(num_stages)
+    engine = Engine(steps, schedule=schedule, **{"threads_per_stage": 1, **options})
+    try:
+        submit_steps(engine, num_steps)
+        engine.drain()
+    finally:
+        engine.close()
+    losses = {f"{stage.index} losses": stage.take_losses() for stage in steps}
+    return {**state_of(steps), **losses}, engine
+
+
+def submit_all(trainer: Trainer, data: list[Batch]) -> None:
+    """Train on these batches."""
+    for x, labels in data:
+        trainer.step(x, labels)
+
+
+def outcome(trainer: Trainer) -> dict[str, object]:
+    """All that the stages own, and the losses of every step since they were last taken."""
+    trainer.drain()
+    losses = {f"{k} losses": rows for k, rows in enumerate(trainer.take_losses())}
+    return {**state_of(trainer._stages), **losses}
+
+
+def train(num_steps: int, num_stages: int = 2, **options: Any) -> dict[str, object]:
+    """The outcome of a trainer of its own."""
+    with make_trainer(num_stages, **options) as trainer:
+        submit_all(trainer, batches(num_steps))
+        return outcome(trainer)

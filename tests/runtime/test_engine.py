@@ -5,8 +5,6 @@ import sys
 import textwrap
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +12,39 @@ import pytest
 import torch
 from stage_nets import (
     BATCH_SIZE,
-    CPU,
-    WIDTH,
+    SECONDS,
     BlockStage,
-    SilentSgd,
     batches,
     block_stages,
     differences,
     stage_steps,
     state_of,
+    submit_steps,
+    train_steps,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from scpl_compile.actions import SCHEDULES, Action, gates, stage_actions, timeline
+from scpl_compile.actions import SCHEDULES, Action, gates, timeline
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.engine import Engine, StageState
-from scpl_compile.runtime.lane import Lane
-from scpl_compile.runtime.randomness import StageRandom
-from scpl_compile.runtime.stage_step import StageStep
 
 pytestmark = pytest.mark.timeout(60)
-
-SECONDS = 20.0
-"""How long a test waits for what must happen; reached only where it fails."""
-
-
-def submit_all(engine: Engine, num_steps: int, first: int = 0) -> None:
-    for x, labels in batches(num_steps)[first:]:
-        engine.submit({"x": x}, labels)
-
-
-def train(
-    num_stages: int, schedule: str, num_steps: int = 20, **options: Any
-) -> tuple[dict[str, object], Engine]:
-    """All that the stages own after training, and the closed engine."""
-    steps = options.pop("steps", None) or stage_steps(num_stages)
-    engine = Engine(steps, schedule=schedule, **{"threads_per_stage": 1, **options})
-    try:
-        submit_all(engine, num_steps)
-        engine.drain()
-    finally:
-        engine.close()
-    losses = {f"{stage.index} losses": stage.take_losses() for stage in steps}
-    return {**state_of(steps), **losses}, engine
-
 
 # ---------------------------------------------------------------------- exactness
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_the_schedules_leave_the_same_bits(num_stages: int) -> None:
-    expected, _ = train(num_stages, "sequential")
+    expected, _ = train_steps(num_stages, "sequential")
     for schedule, depth in [("stream", 1), ("stream", 2), ("stream", 5), ("in_step", 2)]:
-        found, _ = train(num_stages, schedule, depth=depth)
+        found, _ = train_steps(num_stages, schedule, depth=depth)
         assert differences(found, expected) == []
 
 
 def test_the_comparison_would_see_another_run() -> None:
-    expected, _ = train(2, "sequential")
-    other = train(2, "sequential", steps=stage_steps(2, seed=1))[0]
-    shorter = train(2, "sequential", 19)[0]
+    expected, _ = train_steps(2, "sequential")
+    other = train_steps(2, "sequential", steps=stage_steps(2, seed=1))[0]
+    shorter = train_steps(2, "sequential", 19)[0]
     kinds = ("norm.running_var", "mean", "linear.weight")
     for name in (
         *(f"1 module.blocks.1.{kind}" for kind in kinds),
@@ -92,7 +63,7 @@ def test_the_comparison_would_see_another_run() -> None:
 def test_recorded_events_are_the_picture_of_the_schedule(num_stages: int, schedule: str) -> None:
     """Every stage executes the timeline's actions in the timeline's order."""
     times = timeline(schedule, num_stages, 4)
-    _, engine = train(num_stages, schedule, 4, record_events=True)
+    _, engine = train_steps(num_stages, schedule, 4, record_events=True)
     for k in range(num_stages):
         found = [event.action for event in engine.events if event.action.stage == k]
         assert found == [action for action in times if action.stage == k]
@@ -103,7 +74,7 @@ def test_recorded_events_are_the_picture_of_the_schedule(num_stages: int, schedu
 
 
 def test_sequential_runs_one_stage_after_another() -> None:
-    _, engine = train(3, "sequential", 5, record_events=True)
+    _, engine = train_steps(3, "sequential", 5, record_events=True)
     work = sorted((e for e in engine.events if e.action.kind in "BU"), key=lambda e: e.start_ns)
     order = [(event.action.step, event.action.stage, event.action.kind) for event in work]
     assert order == [(t, k, kind) for t in range(5) for k in range(3) for kind in "BU"]
@@ -120,7 +91,7 @@ def test_in_stream_a_stage_goes_on_while_the_next_is_at_the_batch_before() -> No
             return super().training_step(x, labels=labels)
 
     steps = stage_steps(2, stages=block_stages(2, stage0=Wide, stage1=Wide), draws=False, dropout=0)
-    _, engine = train(2, "stream", 12, steps=steps, record_events=True)
+    _, engine = train_steps(2, "stream", 12, steps=steps, record_events=True)
     at = {event.action: event for event in engine.events}
     early = [at[Action(0, "F", t + 1)].start_ns < at[Action(1, "U", t)].end_ns for t in range(11)]
     assert sum(early) >= 6
@@ -153,10 +124,10 @@ def test_only_stream_has_two_batches_at_work(schedule: str) -> None:
     for stage in steps:
         stage.module.begun, stage.module.patient = begun, schedule == "stream"
     if schedule == "stream":
-        train(2, schedule, 8, steps=steps)
+        train_steps(2, schedule, 8, steps=steps)
     else:
         with pytest.raises(TrainingError, match="stage 1 failed: TimeoutError: .* batch 1"):
-            train(2, schedule, 8, steps=steps)
+            train_steps(2, schedule, 8, steps=steps)
 
 
 def test_a_slow_last_stage_bounds_the_batches_in_flight() -> None:
@@ -173,7 +144,7 @@ def test_a_slow_last_stage_bounds_the_batches_in_flight() -> None:
         num_stages, stages=block_stages(num_stages, stage2=Held), draws=False, dropout=0
     )
     engine = Engine(steps, schedule="stream", threads_per_stage=1, depth=depth)
-    producer = threading.Thread(target=submit_all, args=(engine, bound + 3), daemon=True)
+    producer = threading.Thread(target=submit_steps, args=(engine, bound + 3), daemon=True)
     producer.start()
     deadline = time.monotonic() + SECONDS
     while engine.num_steps < bound and time.monotonic() < deadline:
@@ -199,237 +170,9 @@ def test_the_workers_compute_with_their_number_of_threads() -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         steps = stage_steps(2, stages=block_stages(2, stage0=Counts, stage1=Counts))
-        train(2, "stream", 3, steps=steps, threads_per_stage=threads)
+        train_steps(2, "stream", 3, steps=steps, threads_per_stage=threads)
     assert found == [1] * 6 + [2] * 6
     assert torch.get_num_threads() == before
-
-
-# ---------------------------------------------------------------------- planted faults
-
-
-def in_order(stage: int, order: Callable[[int], Sequence[str]], num_steps: int) -> Iterator[Action]:
-    """The actions of `stage`: order(t) are the texts that follow in step t."""
-    return iter([Action.parse(f"{stage}{text}") for t in range(num_steps) for text in order(t)])
-
-
-def late_update(t: int) -> list[str]:
-    """F(t + 1) before U(t)."""
-    return [f"RECV{t}", f"F{t}", *([f"U{t - 1}"] if t else []), f"B{t}", *last(t, f"U{t}")]
-
-
-def late_backward(t: int) -> list[str]:
-    """B(t) after F(t + 1)."""
-    before = [f"B{t - 1}", f"U{t - 1}"] if t else []
-    return [f"RECV{t}", f"F{t}", *before, *last(t, f"B{t}", f"U{t}")]
-
-
-def lost(t: int) -> list[str]:
-    """Batch 3 is not trained on."""
-    return [f"RECV{t}"] if t == 3 else [f"RECV{t}", f"F{t}", f"B{t}", f"U{t}"]
-
-
-def doubled(t: int) -> list[str]:
-    """Batch 3 is trained on twice before its update."""
-    return [f"RECV{t}", f"F{t}", f"B{t}", *([f"F{t}", f"B{t}"] if t == 3 else []), f"U{t}"]
-
-
-def right(t: int) -> list[str]:
-    return [f"RECV{t}", f"F{t}", f"B{t}", f"U{t}"]
-
-
-def last(t: int, *texts: str) -> tuple[str, ...]:
-    return texts if t == 7 else ()
-
-
-def with_faults(order: Callable[[int], Sequence[str]]) -> list[str]:
-    """What differs when stage 1 works in this order."""
-
-    def run(actions: list[Iterator[Action]] | None) -> dict[str, object]:
-        steps = stage_steps(2)
-        for stage in steps:
-            stage.optimizer = SilentSgd(list(stage.module.parameters()))
-        return train(2, "stream", 8, steps=steps, actions=actions)[0]
-
-    faulty = [stage_actions("stream", 0, 2), in_order(1, order, 8)]
-    return differences(run(faulty), run(None))
-
-
-def test_the_right_order_differs_in_nothing() -> None:
-    assert with_faults(right) == []
-
-
-@pytest.mark.parametrize("order", [late_update, late_backward, lost, doubled])
-def test_a_planted_fault_is_seen(order: Callable[[int], Sequence[str]]) -> None:
-    found = with_faults(order)
-    assert "1 module.blocks.1.linear.weight" in found and "1 losses" in found
-    assert not any(name.startswith("0 ") for name in found)  # nothing flows back
-
-
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        (lambda t: [f"F{t}"], "stage 1 holds no batch of step 0"),
-        (lambda t: [f"RECV{t}", f"B{t}", f"U{t}", f"U{t}"], "stage 1 failed: KeyError: 0"),
-    ],
-)
-def test_an_impossible_order_stops_the_training(
-    order: Callable[[int], Sequence[str]], message: str
-) -> None:
-    with pytest.raises(TrainingError, match=message):
-        with_faults(order)
-
-
-class Aliased(nn.Module):
-    """Stage 0 of two; it sends its own parameter along, cloned or not."""
-
-    def __init__(self, *, clone: bool) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(WIDTH))
-        self.clone = clone
-
-    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
-        scale = self.scale.detach()
-        sent = scale.clone() if self.clone else scale
-        return (x, sent), {"local": (x * self.scale).square().mean()}
-
-
-class Reader(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(WIDTH))
-        self.before_reading: Callable[[], None] = lambda: None
-
-    def training_step(self, h: Tensor, scale: Tensor, *, labels: Tensor) -> Any:
-        self.before_reading()
-        return (), {"loss": (self.weight * scale).square().mean()}
-
-
-def aliased_run(*, clone: bool, reads_late: bool) -> dict[str, object]:
-    """Stage 1 reads in stream, before or after stage 0 has updated what it sent."""
-    updated, read = threading.Semaphore(0), threading.Semaphore(0)
-    modules = [Aliased(clone=clone), Reader()]
-    steps = [
-        StageStep(
-            k, module, lane=Lane(CPU), learning_rate=lambda step: 0.1, detach=True, draws=False,
-            random=StageRandom(k, CPU), optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-            inputs=("h", "scale")[: k + 1] if k else ("x",), sends=("h", "scale") if k == 0 else (),
-        )
-        for k, module in enumerate(modules)
-    ]  # fmt: skip
-
-    def passes(semaphore: threading.Semaphore) -> None:
-        assert semaphore.acquire(timeout=SECONDS)
-
-    def note(semaphore: threading.Semaphore) -> Callable[..., None]:
-        return lambda *_: semaphore.release()
-
-    first, second = (step.optimizer for step in steps)
-    if reads_late:
-        first.register_step_post_hook(note(updated))
-        modules[1].before_reading = lambda: passes(updated)
-    else:
-        first.register_step_pre_hook(lambda *_: passes(read))
-        second.register_step_post_hook(note(read))
-    return train(2, "stream", 4, steps=steps)[0]
-
-
-def test_a_crossing_alias_that_is_not_cloned_is_seen() -> None:
-    """Both orders are legal in stream; only with a clone do they compute the same."""
-    right = [aliased_run(clone=True, reads_late=late) for late in (False, True)]
-    assert differences(*right) == []
-    wrong = [aliased_run(clone=False, reads_late=late) for late in (False, True)]
-    assert "1 module.weight" in differences(*wrong)
-    assert differences(right[0], wrong[0]) == []  # read before the update: nothing to see
-    assert "1 losses" in differences(right[1], wrong[1])
-
-
-# ---------------------------------------------------------------------- failures
-
-
-class Fails(BlockStage):
-    """Fails in the forward or the backward of step 2."""
-
-    where = "F"
-
-    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
-        self.calls = getattr(self, "calls", -1) + 1
-        sent, losses = super().training_step(x, labels=labels)
-        if self.calls == 2 and self.where == "F":
-            raise ValueError("no such number")
-        if self.calls == 2 and self.where == "B":
-            next(iter(losses.values())).register_hook(self.fail_backward)
-        return sent, losses
-
-    def fail_backward(self, gradient: Tensor) -> None:
-        raise ValueError("no such number")
-
-
-class FailsBackward(Fails):
-    where = "B"
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("kind", [Fails, FailsBackward])
-@pytest.mark.parametrize("schedule", ["stream", "in_step", "sequential"])
-def test_a_workers_exception_reaches_the_caller(
-    kind: type[Fails], stage: int, schedule: str
-) -> None:
-    steps = stage_steps(3, stages=block_stages(3, **{f"stage{stage}": kind}))
-    engine = Engine(steps, schedule=schedule, threads_per_stage=1)
-    message = f"stage {stage} failed: ValueError: no such number; all stages are stopped"
-    with pytest.raises(TrainingError, match=message) as first:
-        submit_all(engine, 50)
-    cause = first.value.__cause__
-    assert isinstance(cause, ValueError)
-    names = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
-    assert names[0] == "_work" and names[-1] in ("training_step", "fail_backward")
-    for again in (
-        lambda: submit_all(engine, 1),
-        engine.drain,
-        engine.check,
-        lambda: engine.snapshot(lambda stage, state: None),
-    ):
-        with pytest.raises(TrainingError, match=message) as other:
-            again()
-        assert other.value.__cause__ is cause
-    for thread in engine._threads:
-        thread.join(SECONDS)
-        assert not thread.is_alive()
-    engine.close()
-    with pytest.raises(TrainingError, match=message):
-        submit_all(engine, 1)
-
-
-def test_a_failing_update_and_a_failing_snapshot_are_told_too() -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("not now")
-
-    for plant in ("update", "snapshot"):
-        steps = stage_steps(2, draws=False, dropout=0)
-        engine = Engine(steps, schedule="stream", threads_per_stage=1)
-        if plant == "update":
-            steps[1].optimizer.register_step_pre_hook(fail)
-        submit_all(engine, 1)
-        with pytest.raises((TrainingError, RuntimeError), match="not now"):
-            if plant == "snapshot":
-                engine.snapshot(fail)
-            engine.drain()
-            engine.check()
-        engine.close()
-
-
-def test_a_failure_in_python_that_is_no_exception_is_told_too() -> None:
-    class Exits(BlockStage):
-        def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
-            raise SystemExit(3)
-
-    engine = Engine(
-        stage_steps(1, stages=block_stages(1, stage0=Exits)), schedule="stream", threads_per_stage=1
-    )
-    with pytest.raises(TrainingError, match="stage 0 failed: SystemExit: 3"):
-        submit_all(engine, 1)
-        engine.drain()
-    engine.close()
 
 
 # ---------------------------------------------------------------------- the end
@@ -437,18 +180,18 @@ def test_a_failure_in_python_that_is_no_exception_is_told_too() -> None:
 
 def test_closing_stops_the_workers_where_they_are() -> None:
     engine = Engine(stage_steps(3), schedule="stream", threads_per_stage=1)
-    submit_all(engine, 12)
+    submit_steps(engine, 12)
     engine.close()
     engine.close()
     assert not any(thread.is_alive() for thread in engine._threads)
-    for call in (lambda: submit_all(engine, 1), engine.check):
+    for call in (lambda: submit_steps(engine, 1), engine.check):
         with pytest.raises(TrainingError, match="the trainer is closed; build a new one"):
             call()
     assert engine.num_steps == 12
 
 
 def test_what_was_drained_before_the_end_counts_as_drained() -> None:
-    _, engine = train(2, "stream", 3)
+    _, engine = train_steps(2, "stream", 3)
     engine.drain()
 
 
@@ -510,18 +253,18 @@ def test_a_snapshot_while_streaming_is_the_drained_state_of_that_step(schedule: 
     engine = Engine(steps, schedule=schedule, threads_per_stage=1, depth=4)
     snapshots: list[dict[int, StageState]] = [{}, {}, {}]
     engine.snapshot(snapshots[0].__setitem__)  # before the first step
-    submit_all(engine, 4)
+    submit_steps(engine, 4)
     engine.snapshot(snapshots[1].__setitem__)  # while stage 1 stands still
     engine.snapshot(snapshots[2].__setitem__)  # twice
     assert 1 not in snapshots[1] and 2 not in snapshots[1]
-    submit_all(engine, 6, first=4)
+    submit_steps(engine, 6, first=4)
     go_on.set()
-    submit_all(engine, 12, first=6)
+    submit_steps(engine, 12, first=6)
     engine.drain()
     engine.close()
     fresh = stage_steps(3, draws=False, dropout=0)
     assert differences(snapshot_of(snapshots[0]), state_of(fresh)) == []
-    drained, _ = train(3, "sequential", 4, steps=fresh)
+    drained, _ = train_steps(3, "sequential", 4, steps=fresh)
     for taken in snapshots[1:]:
         assert differences(snapshot_of(taken), without_losses(drained)) == []
 
@@ -536,7 +279,7 @@ def test_an_engine_goes_on_from_a_later_step() -> None:
     engine = Engine(
         steps, schedule="in_step", threads_per_stage=1, first_step=7, record_events=True
     )
-    submit_all(engine, 2)
+    submit_steps(engine, 2)
     engine.drain()
     engine.close()
     assert engine.num_steps == 9 and sorted(rates) == [7, 7, 8, 8]
@@ -552,7 +295,7 @@ def test_labels_travel_with_their_batch() -> None:
             return super().training_step(x, labels=labels)
 
     stages = block_stages(3, stage0=Looks, stage1=Looks, stage2=Looks)
-    train(3, "stream", 6, steps=stage_steps(3, stages=stages, draws=False, dropout=0))
+    train_steps(3, "stream", 6, steps=stage_steps(3, stages=stages, draws=False, dropout=0))
     for k in range(3):
         assert all(torch.equal(a, b) for a, (_, b) in zip(seen[k], batches(6), strict=True))
     assert seen[0][0].shape == (BATCH_SIZE,)

@@ -1,0 +1,262 @@
+"""compile_model, Program and what a user does with them from Python."""
+
+import gc
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import scpl_compile
+from scpl_compile.api import compile_model, evaluate_program, plan_model
+from scpl_compile.errors import EmitError, PartitionError, SourceError, VerifyError
+from scpl_compile.runtime.program import read_plan
+from scpl_compile.runtime.trainer import Evaluation, default_threads
+from scpl_compile.sources import load_model
+
+IMAGES, LABELS = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
+
+
+@pytest.fixture
+def model(net_file: Path) -> nn.Module:
+    """A small model as an object."""
+    return load_model(f"{net_file}:build_model")[0]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where programs without `out` go."""
+    home = tmp_path / "temporary"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    return home
+
+
+# ---------------------------------------------------------------------- an object, in process
+
+
+def test_an_object_trains_in_process(model: nn.Module) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    program = scpl_compile.compile_model(model, IMAGES, num_stages=4, num_classes=10)
+    trainer = program.trainer(
+        devices=["cpu", "cpu"], optimizer="adam", lr=1e-3, schedule="stream", seed=0
+    )
+    for _ in range(3):
+        trainer.step(IMAGES, LABELS)
+    trainer.drain()
+    losses = trainer.losses()
+    assert [set(terms) for terms in losses] == [
+        *[{"contrast", "cross_entropy"}] * 3,
+        {"classifier"},
+    ]
+    assert trainer.losses() == [{}] * 4
+    found = trainer.evaluate(DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5))
+    assert found == evaluated_by_hand(trainer.model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.load_state_dict(trainer.state_dict())
+    assert found == evaluated_by_hand(model)
+    assert not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
+    trainer.close()
+
+
+def evaluated_by_hand(model: nn.Module) -> Evaluation:
+    """The same by the model itself."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(IMAGES)
+    model.train()
+    return Evaluation(
+        num_samples=len(LABELS),
+        accuracies=((logits.argmax(1) == LABELS).float().mean().item(),),
+        losses=(pytest.approx(nn.functional.cross_entropy(logits, LABELS).item(), rel=1e-5),),
+    )
+
+
+def test_in_place_trains_the_object_itself(model: nn.Module) -> None:
+    program = compile_model(model, IMAGES, num_stages=2)
+    with program.trainer(inplace=True) as trainer:
+        assert trainer.model is model
+
+
+def test_trainers_of_one_program_begin_alike_and_do_not_share(model: nn.Module) -> None:
+    program = compile_model(model, IMAGES, num_stages=2)
+    with program.trainer() as one, program.trainer(schedule="sequential") as other:
+        for trainer in (one, other):
+            for _ in range(2):
+                trainer.step(IMAGES, LABELS)
+        left, right = one.state_dict(), other.state_dict()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_temporary_directory_goes_with_the_program(model: nn.Module, temporary: Path) -> None:
+    program = compile_model(model, IMAGES, num_stages=2)
+    assert program.directory.parent == temporary and read_plan(program.directory) == program.plan
+    trainer = program.trainer()
+    del program
+    gc.collect()
+    assert list(temporary.iterdir()) == []
+    trainer.step(IMAGES, LABELS)  # a trainer needs no file
+    trainer.drain()
+    trainer.close()
+
+
+def test_an_object_needs_a_source_to_be_written(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(EmitError, match=r"trains in process; .*source='file\.py:callable'"):
+        compile_model(model, IMAGES, num_stages=2, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- written programs
+
+
+def test_with_a_source_the_object_and_its_weights_are_written(
+    model: nn.Module, net_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "emitted_package"
+    compile_model(model, IMAGES, num_stages=2, out=out, source=f"{net_file}:build_model")
+    monkeypatch.syspath_prepend(tmp_path)
+    build_trainer = importlib.import_module("emitted_package").build_trainer
+    with build_trainer(lr=1e-2) as trainer:
+        state = trainer.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        trainer.step(IMAGES, LABELS)
+        trainer.drain()
+
+
+def test_a_source_of_another_model_is_refused(net_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"builds another model .* differ in '0\.bias'"):
+        compile_model(
+            nn.Linear(64, 10), torch.randn(4, 64), out=tmp_path / "out", num_stages=1,
+            source=f"{net_file}:build_model",
+        )  # fmt: skip
+
+
+def test_a_named_model_is_as_good_as_an_object(net_file: Path) -> None:
+    plan = plan_model(f"{net_file}:build_model", "1x8x8", num_stages=3, batch_size=12)
+    assert plan.num_stages == 3 and plan.model == f"{net_file}:build_model"
+    again = plan_model(load_model(f"{net_file}:build_model")[0], IMAGES, num_stages=3)
+    assert again.stages == plan.stages and again.model == "Sequential"
+
+
+def test_the_number_of_classes_is_what_the_model_gives(net_file: Path) -> None:
+    spec = f"{net_file}:build_model"
+    assert plan_model(spec, "1x8x8", config={"num_classes": 7}).num_classes == 7
+    with pytest.raises(SourceError, match="gives 10 classes, --num-classes says 12"):
+        plan_model(spec, "1x8x8", num_classes=12)
+
+
+@pytest.mark.parametrize("kind", ["verify", "disk", "tensors"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_what_fails_leaves_nothing(
+    kind: str,
+    is_named: bool,
+    net_file: Path,
+    tmp_path: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        if kind == "verify":
+            raise VerifyError("the stages' output differs")
+        raise OSError(28, "No space left on device")
+
+    where = {
+        "verify": "scpl_compile.api.verify_stages",
+        "disk": "scpl_compile.api.write_verification",
+        "tensors": "scpl_compile.runtime.checkpoint.save_file",
+    }
+    monkeypatch.setattr(where[kind], fail)
+    out = tmp_path / "out" if is_named else None
+    expected = "output differs" if kind == "verify" else r"cannot be written .*No space.*make room"
+    with pytest.raises((VerifyError, EmitError), match=expected):
+        compile_model(f"{net_file}:build_model", "1x8x8", out=out)
+    assert list(temporary.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_without_verify_every_stage_counts_as_random(net_file: Path) -> None:
+    program = compile_model(f"{net_file}:build_model", "1x8x8", verify=False)
+    assert not program.verification.is_verified
+    with program.trainer() as trainer:
+        assert [stage.draws for stage in trainer._stages] == [True, True]
+
+
+# ---------------------------------------------------------------------- stages and devices
+
+
+@pytest.mark.parametrize(
+    ("options", "placement"),
+    [
+        ({}, ("cpu", "cpu")),
+        ({"devices": "auto"}, ("cpu", "cpu") if not torch.cuda.is_available() else None),
+        ({"devices": "cpu,cpu,cpu"}, ("cpu",) * 3),
+        ({"devices": ["cuda:0", "cuda:1"], "num_stages": 4}, ("cuda:0",) * 2 + ("cuda:1",) * 2),
+        ({"split_at": ("2", "6")}, ("cpu",) * 3),
+        ({"num_stages": 1}, ("cpu",)),
+    ],
+)
+def test_stages_are_as_many_as_devices_else_two(
+    options: dict[str, Any], placement: tuple[str, ...] | None, net_file: Path
+) -> None:
+    plan = plan_model(f"{net_file}:build_model", "1x8x8", **options)
+    if placement is not None:
+        assert plan.placement == placement
+    assert plan.threads_per_stage == default_threads(plan.num_stages)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"split_at": ("2",), "num_stages": 4}, SourceError, "1 cuts, which make 2 stages, not 4"),
+        ({"devices": "cpu,cpu,cpu", "num_stages": 2}, SourceError, "3 devices for 2 stages"),
+        ({"devices": ["tpu:0x"]}, SourceError, "'tpu:0x' is no device; write cpu, cuda:0"),
+        ({"num_stages": 99}, PartitionError, r"asked for 99 stages, .* --stages \d+ or fewer"),
+        ({"config": {"depth": 3}}, SourceError, "failed with TypeError: .*depth.*--config"),
+    ],
+)
+def test_what_cannot_be_placed_or_built_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, net_file: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        plan_model(f"{net_file}:build_model", "1x8x8", **options)
+
+
+def test_options_of_named_models_are_refused_for_objects(model: nn.Module) -> None:
+    with pytest.raises(SourceError, match="config= goes with a model that is named"):
+        plan_model(model, IMAGES, config={"width": 3})
+    with pytest.raises(SourceError, match="weights= goes with a model that is named"):
+        plan_model(model, IMAGES, weights=Path("x.safetensors"))
+    with pytest.raises(SourceError, match="the model is of type function; give an nn.Module"):
+        plan_model(load_model, IMAGES)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- evaluate
+
+
+def test_evaluation_of_given_weights_equals_the_models_own(
+    program: Path, tmp_path: Path, net_file: Path
+) -> None:
+    weights = program / "weights.safetensors"
+    path = tmp_path / "data.py"
+    path.write_text(
+        "import torch\n"
+        "def load():\n"
+        "    g = torch.Generator().manual_seed(1)\n"
+        "    x, y = torch.randn(40, 1, 8, 8, generator=g), torch.arange(40) % 10\n"
+        "    return {'train': (x, y), 'test': (x, y)}\n"
+    )
+    result = evaluate_program(program, data=f"{path}:load", weights=weights, batch_size=7)
+    model, _ = load_model(f"{net_file}:build_model", weights=weights)
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 10
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert result["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    (terms,) = result["losses"]
+    expected = nn.functional.cross_entropy(logits, labels).item()
+    assert terms == {"cross_entropy": pytest.approx(expected, rel=1e-5)}
+    assert result["num_samples"] == 40 and result["devices"] == ["cpu", "cpu"]
