@@ -247,7 +247,7 @@ def test_evaluation_of_given_weights_equals_the_models_own(
         "def load():\n"
         "    g = torch.Generator().manual_seed(1)\n"
         "    x, y = torch.randn(40, 1, 8, 8, generator=g), torch.arange(40) % 10\n"
-        "    return {'train': (x, y), 'test': (x, y)}\n"
+        "    return {'train': (x, y), 'validation': (x, y), 'test': (x, y)}\n"
     )
     result = evaluate_program(program, data=f"{path}:load", weights=weights, batch_size=7)
     model, _ = load_model(f"{net_file}:build_model", weights=weights)

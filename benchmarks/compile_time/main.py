@@ -21,7 +21,7 @@ import scpl_compile.cli  # noqa: E402, F401
 from benchmarks.measure import Isolated, run_isolated, table, write_rows  # noqa: E402
 
 SHAPE = (3, 224, 224)
-VERIFY_BATCH = 4
+VERIFY_BATCH = 3
 
 
 def compile_model(model: str, verify: bool) -> int:

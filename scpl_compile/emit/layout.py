@@ -50,6 +50,6 @@ def expression_lines(head: str, expression: str, indent: int) -> list[str]:
 
 
 def plain(text: str, width: int) -> str:
-    """`text` for a docstring: nothing that could end it or begin an escape, at most `width` long."""
+    """`text` for a docstring, at most `width` long: nothing that could end it or be an escape."""
     safe = "".join(c if c.isprintable() and c not in '"\\' else "?" for c in text)
     return safe if len(safe) <= width else f"…{safe[1 - width :]}"

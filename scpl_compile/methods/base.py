@@ -14,7 +14,7 @@ from scpl_compile.runtime.loss_options import (
     objective_parameters,
 )
 
-__all__ = ["Method", "StageView", "Value", "cross_entropy_loss", "local_loss"]
+__all__ = ["Method", "StageView", "Value", "cross_entropy_loss", "last_losses", "local_loss"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +26,19 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """An input (B, length) that is nonzero where a token is valid."""
+
+    name: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
     """What a method sees of a stage, or of a candidate for one.
 
     sends: the gradient-carrying tensors that the stage computes and the next stages read.
-    mask: a (B, T) input that is nonzero where a token is valid, or "".
+    mask: the model's padding mask, if it has one.
     feature, logits: of the last stage: what the model's own classifier reads (None where that is
     not one tensor computed in the stage), and the model's output; "" elsewhere.
     """
@@ -38,7 +46,7 @@ class StageView:
     index: int
     is_last: bool
     sends: tuple[Value, ...]
-    mask: str
+    mask: Mask | None
     feature: Value | None
     logits: str
     num_classes: int
@@ -97,18 +105,38 @@ def local_loss(values: tuple[Value, ...], view: StageView, options: LossOptions)
     if options.layout == "auto" and layout != "auto":
         options = replace(options, layout=layout)
     batch_size = values[0].meta.shape[batch_dims[0]]
-    is_tokens = any(len(shape) == 2 for shape in shapes)
+    lengths = {
+        shape[0]
+        for shape, dim in zip(shapes, batch_dims, strict=True)
+        if len(shape) == 2 and not dim
+    }
     return LocalLoss(
         name="local_loss",
         kind="local",
         reads=tuple(value.name for value in values),
-        mask=view.mask if is_tokens else "",
+        mask=view.mask.name if view.mask and lengths == {view.mask.length} else "",
         in_shapes=tuple(tuple(shape) for shape in shapes),
         batch_dims=batch_dims,
         options=options.arguments(shapes),
         num_parameters=objective_parameters(options, shapes, view.num_classes),
         flops=objective_flops(options, shapes, view.num_classes, batch_size),
     )
+
+
+def last_losses(view: StageView, options: LossOptions, last: str) -> tuple[LocalLoss, ...]:
+    """What a last stage trains on.
+
+    "through": the cross entropy of the model's own logits. "released": a local loss on the feature
+    that the classifier reads, and the classifier on that feature detached (paper.md section 1.4);
+    where the stage computes no such feature, as "through".
+    """
+    feature = view.feature
+    if last == "through" or feature is None:
+        return (cross_entropy_loss(view),)
+    if options.head == "conv" and len(feature.meta.shape) != 4:
+        options = replace(options, head="auto")  # a pooled vector has no map to convolve
+    local = local_loss((feature,), view, options)
+    return (local, cross_entropy_loss(view, stop_at=feature.name))
 
 
 def cross_entropy_loss(view: StageView, *, stop_at: str = "") -> LocalLoss:

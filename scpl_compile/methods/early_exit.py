@@ -7,7 +7,7 @@ own on its output, and inference gives the logits of all of them.
 from dataclasses import replace
 
 from scpl_compile.ir import LocalLoss
-from scpl_compile.methods.base import Method, StageView, cross_entropy_loss, local_loss
+from scpl_compile.methods.base import Method, StageView, last_losses, local_loss
 from scpl_compile.runtime.loss_options import LossOptions
 
 __all__ = ["EarlyExit"]
@@ -26,10 +26,7 @@ class EarlyExit(Method):
         """The stage's local classifier; in the last stage the model's own."""
         if not view.is_last:
             return (local_loss(view.sends, view, self.options),)
-        if self.last == "through" or view.feature is None:
-            return (cross_entropy_loss(view),)
-        local = local_loss((view.feature,), view, self.options)
-        return (local, cross_entropy_loss(view, stop_at=view.feature.name))
+        return last_losses(view, self.options, self.last)
 
     def inference(self, num_stages: int) -> tuple[str, ...]:
         """Forward of every stage, with the exit of each but the last after it."""

@@ -8,7 +8,7 @@ from torch import fx, nn
 from scpl_compile.capture import Capture
 from scpl_compile.errors import MethodError, context
 from scpl_compile.ir import Cut, InputSpec, LocalLoss, ModelSource, Plan, Scalar, Stage
-from scpl_compile.methods.base import Method, StageView, Value
+from scpl_compile.methods.base import Mask, Method, StageView, Value
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 
 __all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
@@ -31,12 +31,13 @@ class PlanFacts:
     versions: Mapping[str, str]
 
 
-def find_mask(inputs: Iterable[InputSpec]) -> str:
-    """The model's (B, T) input that is nonzero where a token is valid, by its name; "" if none."""
+def find_mask(inputs: Iterable[InputSpec]) -> Mask | None:
+    """The model's (B, T) input that is nonzero where a token is valid."""
     for spec in inputs:
-        if "mask" in spec.name and len(spec.shape) == 1 and "padding" not in spec.name:
-            return spec.name
-    return ""
+        is_flag = not spec.dtype.startswith(("float", "bfloat")) and spec.high in (None, 2)
+        if "mask" in spec.name and len(spec.shape) == 1 and "padding" not in spec.name and is_flag:
+            return Mask(name=spec.name, length=spec.shape[0])
+    return None
 
 
 def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> StageView:
@@ -155,31 +156,51 @@ def _view(
 
 
 def _feature(k: int, flow: Flow, nodes: Mapping[str, fx.Node], model: nn.Module) -> Value | None:
-    """What the model's classifier (the last node with parameters) reads, if stage k computes it.
+    """What the model's classifier reads, if stage k computes it.
 
-    The classifier alone must lie between that value and the output, else stopping the gradient
-    there would leave other modules untrained.
+    The classifier is the last node with parameters, and those before it whose output has the
+    logits' shape already (a learned scale follows). It alone must lie between that value and the
+    output, else stopping the gradient there would leave other modules untrained.
     """
     own = [node for name, node in nodes.items() if flow.stage_of.get(name) == k]
-    with_parameters = [node for node in own if _owns_parameters(node, model)]
-    if not with_parameters:
-        return None
-    sources = [
-        source
-        for source in with_parameters[-1].all_input_nodes
-        if source.op != "get_attr" and (meta := meta_of(source)) and meta.requires_grad
-    ]
-    if len(sources) != 1 or flow.stage_of.get(sources[0].name) != k:
-        return None
-    if len(with_parameters) == 1 or len(sources[0].users) != 1:
-        return None
-    return _gradient_values(sources)[0]
+    logits = meta_of(nodes[flow.output])
+    classifier: list[fx.Node] = []
+    for node in reversed([node for node in own if _owns_parameters(node, model)]):
+        classifier.append(node)
+        sources = _gradient_values(
+            source for source in node.all_input_nodes if source.op != "get_attr"
+        )
+        if len(sources) != 1 or flow.stage_of.get(sources[0].name) != k:
+            return None
+        feature = nodes[sources[0].name]
+        if logits is not None and sources[0].meta.shape == logits.shape:
+            continue
+        others = [n for n in own if _owns_parameters(n, model) and n not in classifier]
+        is_between = _behind(feature, nodes[flow.output], own).isdisjoint(others)
+        return sources[0] if others and len(feature.users) == 1 and is_between else None
+    return None
+
+
+def _behind(feature: fx.Node, output: fx.Node, own: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of `own` from which `output` is computed without `feature` in between."""
+    found: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        node = pending.pop()
+        if node is not feature and node in own and node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _owns_parameters(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         return any(True for _ in model.get_submodule(str(node.target)).parameters())
-    return any(source.op == "get_attr" for source in node.all_input_nodes)
+    return any(source.meta.get("alias") == "parameter" for source in _attributes(node))
+
+
+def _attributes(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.op == "get_attr"]
 
 
 def _stage(
@@ -188,8 +209,7 @@ def _stage(
     nodes = [node for node in capture.graph.nodes if flow.stage_of.get(node.name) == k]
     paths = stage_paths(nodes)
     parameters = _owned(paths, capture.model.named_parameters(remove_duplicate=False))
-    owned = set(parameters)
-    sizes = (p.numel() for name, p in capture.model.named_parameters() if name in owned)
+    sizes = {id(p): p.numel() for p in map(capture.model.get_parameter, parameters)}
     names = [spec.name for spec in capture.inputs]
     outputs = list(flow.sent(k))
     for name in [*(read for loss in losses for read in loss.reads), *_last_output(k, flow)]:
@@ -203,7 +223,7 @@ def _stage(
         inputs=flow.inputs(k, tuple(names)),
         outputs=tuple(outputs),
         losses=losses,
-        num_parameters=sum(sizes),
+        num_parameters=sum(sizes.values()),
         cost_us=cost_us,
     )
 
@@ -213,15 +233,20 @@ def _last_output(k: int, flow: Flow) -> tuple[str, ...]:
 
 
 def stage_paths(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """The modules, parameters and buffers of the model that these nodes use, in order."""
+    """The modules, parameters and buffers of the model that these nodes use, in order.
+
+    What lies in one of these modules is left out: it comes with the module.
+    """
     paths: dict[str, None] = {}
     for node in nodes:
         if node.op == "call_module":
             paths[str(node.target)] = None
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                paths[str(source.target)] = None
-    return tuple(paths)
+        paths |= dict.fromkeys(str(source.target) for source in _attributes(node))
+    return tuple(path for path in paths if not any(_is_inside(path, other) for other in paths))
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _owned(paths: tuple[str, ...], named: Iterable[tuple[str, object]]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ two ways: `released`, contrastive as well, with the model's classifier on a deta
 """
 
 from scpl_compile.ir import LocalLoss
-from scpl_compile.methods.base import Method, StageView, cross_entropy_loss, local_loss
+from scpl_compile.methods.base import Method, StageView, last_losses, local_loss
 from scpl_compile.runtime.loss_options import LossOptions
 
 __all__ = ["Scpl"]
@@ -25,7 +25,4 @@ class Scpl(Method):
         """The stage's contrastive loss; in the last stage as `last` says."""
         if not view.is_last:
             return (local_loss(view.sends, view, self.options),)
-        if self.last == "through" or view.feature is None:
-            return (cross_entropy_loss(view),)
-        contrast = local_loss((view.feature,), view, self.options)
-        return (contrast, cross_entropy_loss(view, stop_at=view.feature.name))
+        return last_losses(view, self.options, self.last)

@@ -69,7 +69,6 @@ def open_loader(
     """
     splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
     num_samples = len(splits.train)
-    is_single = num_samples > batch_size and num_samples % batch_size == 1
     loader = Loader(
         splits,
         inputs=plan.inputs,
@@ -77,12 +76,10 @@ def open_loader(
         batch_size=batch_size,
         augment=augment,
         seed=seed,
-        drop_last=is_single,
+        drop_last=num_samples > batch_size and num_samples % batch_size == 1,
     )
     if loader.fit_notice:
         say(loader.fit_notice)
-    if is_single:
-        say(f"{data}: the last batch of every epoch has one sample and is left out")
     return loader
 
 
@@ -181,6 +178,8 @@ class Run:
             augment=options.augment,
             seed=options.seed,
         )
+        if len(loader.splits.train) > loader.num_batches * options.batch_size:
+            say(f"{options.data}: the last batch of every epoch has one sample and is left out")
         self._total_steps = options.steps or options.epochs * loader.num_batches
         return loader
 

@@ -92,7 +92,7 @@ class StepCheck:
             forward = [values[crossing.name] for crossing in self.crossings]
             self._check_gradients(gradients, self._gradients(forward, planned, again))
             self._check_exit(values)
-        self._check_sent(sent, forward, arguments)
+            self._check_sent(sent, forward, arguments)  # inside: what crosses may be a buffer
         if versions != _versions(sent):
             raise VerifyError("its next forward writes into what it has sent")
         reached = {name for prints in gradients for name in prints}
