@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from scpl_compile.capture import Capture, capture, coarsen
 from scpl_compile.cost import DEVICES, node_costs
@@ -35,9 +35,11 @@ from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run import evaluation_facts, open_loader, versions
 from scpl_compile.runtime.trainer import Trainer, default_threads
 from scpl_compile.sources import (
+    Shapes,
     check_output,
     example_inputs,
     load_model,
+    output_shapes,
     parse_inputs,
 )
 from scpl_compile.verify import verify as verify_stages
@@ -296,11 +298,14 @@ def _placement(
     return tuple(names[k * len(names) // num_stages] for k in range(num_stages))
 
 
-def _output_shapes(found: Capture) -> tuple[int, ...] | list[Any]:
-    """What the model gives, for check_output: a shape, or a list where it is not one tensor."""
-    nodes = {node.name: node for node in found.graph.nodes}
-    shapes = [nodes[name].meta["tensor"].shape for name in found.outputs]
-    return shapes[0] if len(shapes) == 1 else shapes
+def _output_shapes(found: Capture) -> Shapes:
+    """What the model gives, for check_output, with its dicts and tuples."""
+
+    def described(node: fx.Node) -> Tensor | None:
+        meta = node.meta["tensor"]
+        return None if meta is None else torch.empty(meta.shape, device="meta")
+
+    return output_shapes(fx.map_arg(found.graph.output_node().args[0], described))
 
 
 def _is_text(specs: Sequence[InputSpec]) -> bool:

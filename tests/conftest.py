@@ -7,14 +7,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from json import loads
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from golden_models import GOLDEN, Compile
 
-from scpl_compile.api import compile_model
+from scpl_compile.api import Program, compile_model
 from scpl_compile.cli import main
 
 NET = '''
@@ -29,6 +32,29 @@ def build_model(width=8, num_classes=10):
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, num_classes),
     )
 '''
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden with what is emitted now"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """The programs of golden_models by name, each compiled once; not to be written to."""
+
+    @cache
+    def compiled(name: str) -> Program:
+        return GOLDEN[name].compile(tmp_path_factory.mktemp("golden") / name)
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

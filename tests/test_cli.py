@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from scpl_compile.cli import main
 from scpl_compile.ir import Plan, from_json
 from scpl_compile.runtime.program import read_plan
 from scpl_compile.version import __version__
@@ -50,7 +51,8 @@ def test_help_comes_at_once_and_without_torch(environment: dict[str, str]) -> No
     )
     text, seconds = python(code, environment)
     assert all(name in text for name in ("compile", "plan", "train", "evaluate", "demo"))
-    assert "..." not in text  # no sentence is cut off at 80 columns
+    commands = text.split("Commands:")[1]
+    assert "..." not in commands  # no sentence is cut off at 80 columns
     assert seconds < 0.3
 
 
@@ -78,44 +80,51 @@ def test_version_and_usage(scpl: Scpl) -> None:
 
 
 @pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `test_compile_a_model_of_torchvision` puts it; the tests below go on from there."""
-    return tmp_path_factory.mktemp("out") / "resnet18"
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The README's first line: the program, and what was printed."""
+    out = tmp_path_factory.mktemp("out") / "resnet18"
+    words = "compile torchvision:resnet18 --input 3x32x32 --num-classes 10 --stages 2 -o"
+    return out, CliRunner().invoke(main, [*words.split(), str(out)])
 
 
-def test_compile_a_model_of_torchvision(scpl: Scpl, resnet: Path) -> None:
-    result = scpl(
-        "compile", "torchvision:resnet18", "--input", "3x32x32", "--num-classes", 10,
-        "--stages", 2, "-o", resnet,
-    )  # fmt: skip
+def test_compile_a_model_of_torchvision(resnet: tuple[Path, Result]) -> None:
+    out, result = resnet
     assert result.exit_code == 0 and result.stdout == ""
     assert "torchvision:resnet18: scpl, 2 stages" in result.stderr
-    assert f"wrote {resnet}; try: python {resnet}/train.py" in result.stderr
-    assert sorted(path.name for path in resnet.iterdir()) == [
+    assert f"wrote {out}; try: python {out}/train.py" in result.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
         "__init__.py", "plan.json", "stages.py", "train.py", "verification.json",
         "weights.safetensors",
     ]  # fmt: skip
-    assert load_file(resnet / "weights.safetensors")["fc.weight"].shape == (10, 512)
+    assert load_file(out / "weights.safetensors")["fc.weight"].shape == (10, 512)
 
 
 def test_train_runs_the_program_in_a_process_of_its_own(
-    scpl: Scpl, resnet: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    scpl: Scpl,
+    resnet: tuple[Path, Result],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    result = scpl(
-        "train", resnet, "--data", "digits", "--steps", 2, "--batch-size", 16, "--json"
-    )  # fmt: skip
+    options = ("--data", "digits", "--steps", 2, "--batch-size", 16, "--run-dir", "one", "--json")
+    result = scpl("train", resnet[0], *options)
     out, err = capfd.readouterr()
     assert result.exit_code == 0, err
     found = json.loads(out)
     assert found["steps"] == 2 and [len(terms) for terms in found["losses"]] == [2, 1]
     assert "digits: 8x8 images resized to 32x32, one channel repeated to 3" in err
-    assert scpl("train", resnet, "--steps", "two").exit_code == 2
 
 
-def test_evaluate_gives_what_the_run_gave(scpl: Scpl, resnet: Path) -> None:
-    result = scpl("evaluate", resnet, "--data", "digits", "--json")
+def test_train_ends_as_the_program_ends(scpl: Scpl, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import sys; sys.exit(len(sys.argv))")
+    assert scpl("train", tmp_path, "--epochs", 2).exit_code == 3
+    assert scpl("train", tmp_path, "--help").exit_code == 2
+
+
+def test_evaluate_tells_the_accuracy(scpl: Scpl, resnet: tuple[Path, Result]) -> None:
+    weights = resnet[0] / "weights.safetensors"
+    result = scpl("evaluate", resnet[0], "--data", "digits", "--weights", weights, "--json")
     assert result.exit_code == 0
     found = last_line(result)
     assert found.keys() == {
@@ -124,7 +133,7 @@ def test_evaluate_gives_what_the_run_gave(scpl: Scpl, resnet: Path) -> None:
     }  # fmt: skip
     assert found["num_samples"] == 359 and 0 <= found["accuracy"] <= 1
     assert f"{100 * found['accuracy']:.2f} % of 359 samples (digits, test)" in result.stderr
-    assert found["weights"] == str(resnet / "run" / "final.safetensors")
+    assert found["weights"] == str(weights)
 
 
 def test_plan_needs_no_number_of_classes(scpl: Scpl) -> None:

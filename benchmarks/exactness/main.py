@@ -96,8 +96,8 @@ class _Centered(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
         self.norm = nn.BatchNorm1d(width)
-        self.linear = nn.Linear(width, width)
         self.register_buffer("center", torch.zeros(width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,9 +181,7 @@ def _resnet18() -> nn.Module:
 
 CASES = {
     "small_net": Case(build=small_net, inputs="4x8", batch_size=6),
-    "balanced_cnn": Case(
-        build=balanced_cnn, inputs="3x32x32", batch_size=16, num_classes=10
-    ),
+    "balanced_cnn": Case(build=balanced_cnn, inputs="3x32x32", batch_size=16, num_classes=10),
     "resnet18": Case(build=_resnet18, inputs="3x32x32", batch_size=8, num_classes=10),
     "text_transformer": Case(
         build=lambda: text_transformer(vocabulary=50, width=32),

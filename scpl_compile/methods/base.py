@@ -14,7 +14,15 @@ from scpl_compile.runtime.loss_options import (
     objective_parameters,
 )
 
-__all__ = ["Method", "StageView", "Value", "cross_entropy_loss", "last_losses", "local_loss"]
+__all__ = [
+    "Mask",
+    "Method",
+    "StageView",
+    "Value",
+    "cross_entropy_loss",
+    "last_losses",
+    "local_loss",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

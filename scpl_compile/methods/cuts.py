@@ -7,6 +7,7 @@ import networkx as nx
 from torch import fx
 
 from scpl_compile.capture import Capture, CutCandidate, cut_candidates, tied_groups
+from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import MethodError, PartitionError
 from scpl_compile.ir import LocalLoss, NodeCost
@@ -103,12 +104,19 @@ def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
         PartitionError: there is no such module.
     """
     last: dict[str, str] = {}
+    paths: dict[fx.Node, str] = {}  # of the module whose result, or whose container's item, it is
     for node in capture.compute_nodes:
         last[node.name] = node.name
         for key in node.meta["scope"]:
             last[key.split("@")[0]] = node.name
         if node.op == "call_module":
-            last[str(node.target)] = node.name
+            paths[node] = str(node.target)
+        elif is_field_read(node):
+            container = node.all_input_nodes[0]
+            if container in paths and container.meta["tensor"] is None:
+                paths[node] = paths[container]
+        if node in paths:
+            last[paths[node]] = node.name
     missing = [name for name in names if name not in last]
     if missing:
         known = ", ".join(list(dict.fromkeys(n.split(".")[0] for n in last if n))[:12])

@@ -1,13 +1,14 @@
 """The pieces of which an emitted stage is written: `take` its modules, `cut` its outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError
 
-__all__ = ["Part", "StopGradient", "as_tuple", "cut", "take"]
+__all__ = ["Part", "StopGradient", "as_tuple", "cut", "evaluating", "take"]
 
 
 class Part(nn.Module):
@@ -97,3 +98,19 @@ class StopGradient(nn.Module):
 def as_tuple(values: Tensor | tuple[Tensor, ...] | Iterable[Tensor]) -> tuple[Tensor, ...]:
     """A stage's forward gives one tensor or a tuple of them; here it is always a tuple."""
     return (values,) if isinstance(values, Tensor) else tuple(values)
+
+
+@contextmanager
+def evaluating(stages: Sequence[nn.Module]) -> Iterator[None]:
+    """Everything in `stages` is in eval mode inside, and afterwards in the mode it was in.
+
+    Module by module: a batch norm that the user holds in eval mode while the rest trains stays so.
+    """
+    modes = [(module, module.training) for stage in stages for module in stage.modules()]
+    try:
+        for stage in stages:
+            stage.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

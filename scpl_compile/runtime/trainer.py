@@ -21,7 +21,7 @@ from scpl_compile.runtime.engine import Engine, Event, StageState
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.optim import learning_rate, make_optimizer
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
-from scpl_compile.runtime.stage import as_tuple
+from scpl_compile.runtime.stage import as_tuple, evaluating
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules", "default_threads"]
@@ -245,13 +245,11 @@ class Trainer:
     def predict(self, inputs: Inputs) -> list[Tensor]:
         """The logits of every exit, by the plan's inference steps, in eval mode."""
         self.drain()
-        for stage in self._stages:
-            stage.module.eval()
         try:
-            return self._infer(self._named(inputs))
+            with evaluating([stage.module for stage in self._stages]):
+                return self._infer(self._named(inputs))
         finally:
             for stage in self._stages:
-                stage.module.train()
                 stage.lane.follow()  # the next update comes after what was launched here
 
     def _infer(self, values: dict[str, Tensor]) -> list[Tensor]:
