@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden_models import GOLDEN, Compile
 
+from golden_models import GOLDEN, Compile
 from scpl_compile.api import Program, compile_model
 from scpl_compile.cli import main
 

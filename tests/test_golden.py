@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_models import GOLDEN, NUM_CLASSES, Compile
 
+from golden_models import GOLDEN, NUM_CLASSES, Compile
 from scpl_compile.runtime.program import load_stages
 from scpl_compile.sources import example_inputs
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ir_values import a_plan, plans, values, words
 
+from ir_values import a_plan, plans, values, words
 from scpl_compile.errors import ProgramError
 from scpl_compile.ir import (
     Crossing,

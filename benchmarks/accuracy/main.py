@@ -1,7 +1,7 @@
 """Accuracy on Fashion-MNIST: `python benchmarks/accuracy/main.py [--study] [--seed S ...]`.
 
-The small VGG-style net (benchmarks.models:paper_net) in the four stages of its four parts, Adam 1e-3
-with a cosine to 1e-5, 2 epochs, no augmentation.
+The small VGG-style net (benchmarks.models:paper_net) in the four stages of its four parts, Adam
+1e-3 with a cosine to 1e-5, 2 epochs, no augmentation.
 
 Without --study: the default, the released algorithm (--preset paper), Early Exit and plain
 backpropagation; float32, schedule `stream`, batch 128 (the default of an emitted program); the test
@@ -100,22 +100,42 @@ def run(
     batch_size = 256 if is_study else 128
     torch.manual_seed(seed)
     program = compile_model(
-        paper_net(), torch.zeros(batch_size, 1, 28, 28), num_classes=10, split_at=PARTS, method=method,
-        preset=preset, options=options, threads_per_stage=1, verify=not is_study,
-    )  # fmt: skip
+        paper_net(),
+        torch.zeros(batch_size, 1, 28, 28),
+        num_classes=10,
+        split_at=PARTS,
+        method=method,
+        preset=preset,
+        options=options,
+        threads_per_stage=1,
+        verify=not is_study,
+    )
     loader = Loader(
-        open_splits("fashion-mnist"), inputs=program.plan.inputs, num_classes=10, batch_size=batch_size,
+        open_splits("fashion-mnist"),
+        inputs=program.plan.inputs,
+        num_classes=10,
+        batch_size=batch_size,
         seed=seed,
-    )  # fmt: skip
+    )
     start = time.perf_counter()
     accuracy = train(program, loader, seed, is_study)
     seconds = time.perf_counter() - start
     common = {
-        "benchmark": "accuracy", "candidate": name, "threads": 1, "device": "cpu", "n": 1,
+        "benchmark": "accuracy",
+        "candidate": name,
+        "threads": 1,
+        "device": "cpu",
+        "n": 1,
         "case": f"{'head study, ' if is_study else ''}seed {seed}",
-        "config": {"epochs": EPOCHS, "batch": batch_size, "method": method, "preset": preset, **options,
-                   "precision": "bfloat16 autocast" if is_study else "float32"},
-    }  # fmt: skip
+        "config": {
+            "epochs": EPOCHS,
+            "batch": batch_size,
+            "method": method,
+            "preset": preset,
+            **options,
+            "precision": "bfloat16 autocast" if is_study else "float32",
+        },
+    }
     split = "validation" if is_study else "test"
     return [
         common | {"metric": f"{split} accuracy", "unit": "%", "value": 100 * accuracy},
@@ -129,9 +149,11 @@ def train(program: Program, loader: Loader, seed: int, is_study: bool) -> float:
         program.plan.schedule if program.plan.method == "bp" or not is_study else "sequential"
     )
     with program.trainer(
-        seed=seed, schedule=schedule, lr_schedule="cosine",
+        seed=seed,
+        schedule=schedule,
+        lr_schedule="cosine",
         total_steps=EPOCHS * loader.num_batches,
-    ) as trainer:  # fmt: skip
+    ) as trainer:
         if is_study:
             trainer = _in_bfloat16(trainer)
         for epoch in range(EPOCHS):

@@ -61,8 +61,13 @@ def run_case(model: str, repeats: int) -> list[dict[str, object]]:
         "--no-verify": (f"{name}:compile_model", {"model": model, "verify": False}),
         "eager forward and backward": (f"{name}:eager", {"model": model}),
     }
-    common = {"benchmark": "compile_time", "case": model, "threads": 2, "device": "cpu",
-              "config": {"stages": 4, "input": list(SHAPE), "verify_batch": VERIFY_BATCH}}  # fmt: skip
+    common = {
+        "benchmark": "compile_time",
+        "case": model,
+        "threads": 2,
+        "device": "cpu",
+        "config": {"stages": 4, "input": list(SHAPE), "verify_batch": VERIFY_BATCH},
+    }
     rows: list[dict[str, object]] = []
     for candidate, (target, arguments) in jobs.items():
         runs = [run_isolated(target, arguments, threads=2) for _ in range(repeats)]

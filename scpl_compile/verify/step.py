@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Stage
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
-from scpl_compile.runtime.stage import as_tuple
+from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.verify.compare import (
     RTOL,
     Print,
@@ -84,9 +84,10 @@ class StepCheck:
             raise VerifyError("it writes into a tensor that it received")
         versions = _versions(sent)
         again = copies(arguments)
-        with same_start(self._model), stops_open([module]):
+        with same_start(self._model), stops_open([module]), _stopped_values(module) as stopped:
             outputs = named_outputs(stage, as_tuple(module(*again)))
             values = dict(zip(stage.inputs, again, strict=True)) | outputs
+            self._check_stops(stopped, values)
             planned = self._planned_losses(values)
             self._check_losses(losses, planned)
             forward = [values[crossing.name] for crossing in self.crossings]
@@ -140,6 +141,12 @@ class StepCheck:
             named = {"labels": self._labels} | ({"mask": values[loss.mask]} if loss.mask else {})
             losses |= torch.func.functional_call(planned, weights, reads, named)
         return losses
+
+    def _check_stops(self, stopped: list[Tensor], values: Values) -> None:
+        for loss in self._stage.losses:
+            name = str(loss.options.get("stop_at", ""))
+            if name and not (stopped and all(value is values[name] for value in stopped)):
+                raise VerifyError(f"it stops the gradient elsewhere than at the feature {name!r}")
 
     def _check_losses(self, losses: Values, planned: Values) -> None:
         if odd := sorted(losses.keys() ^ planned.keys()):
@@ -207,6 +214,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _shapes(tensors: Values) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _stopped_values(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What goes through the stage's stops inside."""
+    values: list[Tensor] = []
+    stops = [part for part in module.modules() if isinstance(part, StopGradient)]
+    hooks = [stop.register_forward_pre_hook(lambda m, args: values.extend(args)) for stop in stops]
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from capture_nets import (
     Nested,
     crossings,
@@ -13,10 +17,6 @@ from capture_nets import (
     same_result,
     targets,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from scpl_compile.capture import Capture, capture, coarsen, cut_candidates
 from scpl_compile.errors import CaptureError
 

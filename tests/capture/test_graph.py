@@ -3,9 +3,9 @@
 import time
 
 import torch
-from capture_nets import Nested, floats, ids, node_of
 from torch import nn
 
+from capture_nets import Nested, floats, ids, node_of
 from scpl_compile.capture import (
     CutCandidate,
     capture,

@@ -4,9 +4,9 @@ from operator import getitem, iadd
 
 import pytest
 import torch
-from capture_nets import floats, ids, node_of, same_result
 from torch import Tensor, nn
 
+from capture_nets import floats, ids, node_of, same_result
 from scpl_compile.capture import capture
 
 

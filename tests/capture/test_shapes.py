@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_nets import floats, ids, node_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from capture_nets import floats, ids, node_of
 from scpl_compile.capture import BATCH, Capture, capture
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import TensorMeta

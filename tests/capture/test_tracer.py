@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_nets import floats, node_of, same_result, targets
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
+from capture_nets import floats, node_of, same_result, targets
 from scpl_compile.capture import Switch, capture
 from scpl_compile.errors import CaptureError
 

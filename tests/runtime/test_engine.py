@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from scpl_compile.actions import SCHEDULES, Action, gates, timeline
+from scpl_compile.errors import MethodError, TrainingError
+from scpl_compile.runtime.engine import Engine, StageState
 from stage_nets import (
     BATCH_SIZE,
     SECONDS,
@@ -22,11 +27,6 @@ from stage_nets import (
     submit_steps,
     train_steps,
 )
-from torch import Tensor
-
-from scpl_compile.actions import SCHEDULES, Action, gates, timeline
-from scpl_compile.errors import MethodError, TrainingError
-from scpl_compile.runtime.engine import Engine, StageState
 
 pytestmark = pytest.mark.timeout(60)
 

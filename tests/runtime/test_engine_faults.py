@@ -7,6 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from scpl_compile.actions import Action, stage_actions
+from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.engine import Engine
+from scpl_compile.runtime.lane import Lane
+from scpl_compile.runtime.randomness import StageRandom
+from scpl_compile.runtime.stage_step import StageStep
 from stage_nets import (
     CPU,
     SECONDS,
@@ -19,14 +27,6 @@ from stage_nets import (
     submit_steps,
     train_steps,
 )
-from torch import Tensor, nn
-
-from scpl_compile.actions import Action, stage_actions
-from scpl_compile.errors import TrainingError
-from scpl_compile.runtime.engine import Engine
-from scpl_compile.runtime.lane import Lane
-from scpl_compile.runtime.randomness import StageRandom
-from scpl_compile.runtime.stage_step import StageStep
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,6 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.lane import Lane
+from scpl_compile.runtime.optim import make_optimizer, optimizer_names
+from scpl_compile.runtime.randomness import StageRandom, seeded
+from scpl_compile.runtime.stage_step import StageStep
 from stage_nets import (
     BATCH_SIZE,
     CPU,
@@ -22,13 +29,6 @@ from stage_nets import (
     stage_steps,
     state_of,
 )
-from torch import Tensor, nn
-
-from scpl_compile.errors import TrainingError
-from scpl_compile.runtime.lane import Lane
-from scpl_compile.runtime.optim import make_optimizer, optimizer_names
-from scpl_compile.runtime.randomness import StageRandom, seeded
-from scpl_compile.runtime.stage_step import StageStep
 
 
 def step_of(module: nn.Module, **options: Any) -> StageStep:

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from scpl_compile.errors import DataError, MethodError, TrainingError
+from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.trainer import default_threads
 from stage_nets import (
     BATCH_SIZE,
     WIDTH,
@@ -25,11 +30,6 @@ from stage_nets import (
     submit_all,
     train,
 )
-from torch import Tensor, nn
-
-from scpl_compile.errors import DataError, MethodError, TrainingError
-from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime.trainer import default_threads
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import InputSpec
+from scpl_compile.runtime.randomness import seeded
+from scpl_compile.runtime.stage import take
+from scpl_compile.runtime.trainer import Trainer, allowed_schedules
 from stage_nets import (
     NUM_CLASSES,
     WIDTH,
@@ -17,13 +24,6 @@ from stage_nets import (
     make_trainer,
     outcome,
 )
-from torch import Tensor, nn
-
-from scpl_compile.errors import MethodError
-from scpl_compile.ir import InputSpec
-from scpl_compile.runtime.randomness import seeded
-from scpl_compile.runtime.stage import take
-from scpl_compile.runtime.trainer import Trainer, allowed_schedules
 
 pytestmark = pytest.mark.timeout(60)
 

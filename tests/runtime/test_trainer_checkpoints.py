@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from scpl_compile.errors import ProgramError, TrainingError
+from scpl_compile.runtime import checkpoint
 from stage_nets import (
     SECONDS,
     BlockStage,
@@ -22,10 +26,6 @@ from stage_nets import (
     submit_all,
     train,
 )
-from torch import Tensor
-
-from scpl_compile.errors import ProgramError, TrainingError
-from scpl_compile.runtime import checkpoint
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+
+from scpl_compile.errors import DataError
+from scpl_compile.ir import LocalLoss
 from stage_nets import (
     BATCH_SIZE,
     WIDTH,
@@ -21,9 +24,6 @@ from stage_nets import (
     submit_all,
     train,
 )
-
-from scpl_compile.errors import DataError
-from scpl_compile.ir import LocalLoss
 
 pytestmark = pytest.mark.timeout(60)
 
