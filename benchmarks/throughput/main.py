@@ -31,12 +31,12 @@ from benchmarks.measure import (  # noqa: E402
 from benchmarks.models import balanced_cnn, small_vit  # noqa: E402
 from scpl_compile import Program, compile_model  # noqa: E402
 
-STEPS = 8  # per timed call: the pipeline's filling and draining is one step of K - 1
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "balanced_cnn": (balanced_cnn, (3, 32, 32), 128),
-    "resnet18": (lambda: _resnet18(), (3, 64, 64), 32),
-    "small_vit": (small_vit, (3, 32, 32), 64),
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
+    "balanced_cnn": (balanced_cnn, (3, 32, 32), 128, 40),
+    "resnet18": (lambda: _resnet18(), (3, 64, 64), 32, 16),
+    "small_vit": (small_vit, (3, 32, 32), 64, 12),
 }
+"""Model, input, batch, and steps per timed call: filling the pipeline costs one step of each call."""
 
 
 def _resnet18() -> nn.Module:
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for name in options.case or CASES:
-        rows += run_case(name, repeats=3 if options.quick else 9)
+        rows += run_case(name, repeats=2 if options.quick else 5)
     table(rows)
     if not options.quick:
         write_rows(Path(__file__).with_name("results.csv"), rows)
@@ -60,29 +60,30 @@ def main() -> None:
 
 def run_case(name: str, repeats: int) -> list[dict[str, object]]:
     """The rows of one model: milliseconds per step of every candidate, and the ratios."""
-    build, shape, batch_size = CASES[name]
+    build, shape, batch_size, num_steps = CASES[name]
     torch.manual_seed(0)
     inputs = torch.randn(batch_size, *shape)
     labels = torch.randint(10, (batch_size,))
     program = compile_model(
         build(), inputs, num_classes=10, num_stages=2, threads_per_stage=1, devices=("cpu", "cpu")
     )
-    with candidates(program, inputs, labels) as runs:
+    with candidates(program, inputs, labels, num_steps) as runs:
         stats = {
-            key: _per_step(one) for key, one in compare(runs, repeats=repeats, warmup=1).items()
+            key: _per_step(one, num_steps)
+            for key, one in compare(runs, repeats=repeats, warmup=1).items()
         }
-    config = {"batch": batch_size, "input": list(shape), "steps_per_call": STEPS, "stages": 2}
+    config = {"batch": batch_size, "input": list(shape), "steps_per_call": num_steps, "stages": 2}
     common: dict[str, Any] = {
         "benchmark": "throughput", "case": name, "threads": 1, "device": "cpu", "config": config,
     }  # fmt: skip
     return [*stats_rows(stats, **common), *_ratios(stats, common)]
 
 
-def _per_step(stats: Stats) -> Stats:
+def _per_step(stats: Stats, num_steps: int) -> Stats:
     return Stats(
-        median_ms=stats.median_ms / STEPS,
-        p20_ms=stats.p20_ms / STEPS,
-        p80_ms=stats.p80_ms / STEPS,
+        median_ms=stats.median_ms / num_steps,
+        p20_ms=stats.p20_ms / num_steps,
+        p80_ms=stats.p80_ms / num_steps,
         n=stats.n,
         peak_mib=stats.peak_mib,
         peak_kind=stats.peak_kind,
@@ -105,16 +106,16 @@ def _ratios(stats: dict[str, Stats], common: dict[str, Any]) -> list[dict[str, o
 
 @contextmanager
 def candidates(
-    program: Program, inputs: Tensor, labels: Tensor
+    program: Program, inputs: Tensor, labels: Tensor, num_steps: int
 ) -> Iterator[dict[str, Callable[[], object]]]:
-    """STEPS training steps of every candidate, each on models of its own."""
+    """num_steps training steps of every candidate, each on models of its own."""
     trainers = {
         schedule: program.trainer(schedule=schedule, threads_per_stage=1)
         for schedule in ("stream", "in_step", "sequential")
     }
 
     def train(schedule: str) -> None:
-        for _ in range(STEPS):
+        for _ in range(num_steps):
             trainers[schedule].step(inputs, labels)
         trainers[schedule].drain()
         trainers[schedule].losses()
@@ -123,9 +124,9 @@ def candidates(
         schedule: lambda schedule=schedule: train(schedule)  # type: ignore[misc]
         for schedule in trainers
     }
-    runs["backpropagation, 2 threads"] = _backpropagation(program.model, inputs, labels)
+    runs["backpropagation, 2 threads"] = _backpropagation(program.model, inputs, labels, num_steps)
     for k in range(program.plan.num_stages):
-        runs[f"stage {k} alone"] = _alone(program, k, inputs, labels)
+        runs[f"stage {k} alone"] = _alone(program, k, inputs, labels, num_steps)
     try:
         yield runs
     finally:
@@ -133,13 +134,15 @@ def candidates(
             trainer.close()
 
 
-def _backpropagation(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
+def _backpropagation(
+    model: nn.Module, inputs: Tensor, labels: Tensor, num_steps: int
+) -> Callable[[], object]:
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def run() -> None:
         with pinned_threads(2):
-            for _ in range(STEPS):
+            for _ in range(num_steps):
                 F.cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -147,7 +150,9 @@ def _backpropagation(model: nn.Module, inputs: Tensor, labels: Tensor) -> Callab
     return run
 
 
-def _alone(program: Program, k: int, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
+def _alone(
+    program: Program, k: int, inputs: Tensor, labels: Tensor, num_steps: int
+) -> Callable[[], object]:
     """Stage k on recorded inputs, in this thread."""
     trainer = program.trainer(schedule="sequential", threads_per_stage=1)
     values = {program.plan.inputs[0].name: inputs}
@@ -160,7 +165,7 @@ def _alone(program: Program, k: int, inputs: Tensor, labels: Tensor) -> Callable
 
     def run() -> None:
         with pinned_threads(1):
-            for step in range(STEPS):
+            for step in range(num_steps):
                 stage.receive(step, values, labels, None)
                 stage.forward(step)
                 stage.backward(step)

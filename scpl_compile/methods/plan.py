@@ -263,4 +263,5 @@ def _label(node: fx.Node) -> str:
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     module = getattr(node.target, "__module__", "") or ""
-    return f"{module}.{getattr(node.target, '__name__', node.target)}".removeprefix("_operator.")
+    name = str(getattr(node.target, "__name__", node.target))
+    return name if module in ("_operator", "builtins") else f"{module}.{name}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from golden_models import ClassToken, LstmClassifier, NestedCnn, UNet
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import InputSpec, Plan, from_json, to_json
+from scpl_compile.methods import make_method
 from scpl_compile.methods.base import Mask
 from scpl_compile.methods.plan import candidate_view, find_mask, last_view, stage_paths
 from scpl_compile.runtime.losses import LocalLoss
@@ -119,9 +120,7 @@ class SideBranch(nn.Module):
 
 def test_a_stage_that_nothing_could_train_is_refused_by_its_index() -> None:
     found = staged(SideBranch(), "6", "second", "sigmoid")
-    with pytest.raises(
-        MethodError, match=r"stage 1: no tensor that carries a gradient.*--split-at"
-    ):
+    with pytest.raises(MethodError, match=r"stage 1: no tensor that carries a gradient"):
         found.plan()
 
 
@@ -237,8 +236,6 @@ class NoBatch(nn.Module):
 def test_a_candidate_without_a_batch_dimension_has_no_local_loss() -> None:
     found = staged(NoBatch(), "6")
     view = candidate_view(("first",), found.capture, NUM_CLASSES)
-    from scpl_compile.methods import make_method
-
     with pytest.raises(MethodError, match=r"'first' \(8, 3\).*no batch dimension.*--split-at"):
         make_method("scpl").losses(view)
 

@@ -1,0 +1,186 @@
+"""What a cut at every place of the graph would mean for a method."""
+
+import pytest
+import torch
+from planning import BATCH, NUM_CLASSES, fine
+from torch import Tensor, nn
+
+from golden_models import LstmClassifier, NestedCnn, UNet
+from scpl_compile.capture import Capture, cut_candidates
+from scpl_compile.cost import DEVICES, node_costs
+from scpl_compile.errors import MethodError, PartitionError
+from scpl_compile.ir import LocalLoss
+from scpl_compile.methods import make_method
+from scpl_compile.methods.base import Method, StageView
+from scpl_compile.methods.bp import Backpropagation
+from scpl_compile.methods.cuts import candidate_nbytes, cut_problem, split_nodes
+from scpl_compile.partition import PartitionProblem
+
+CPU = DEVICES["cpu"]
+
+
+@pytest.fixture(scope="module")
+def cnn() -> Capture:
+    return fine(NestedCnn(), "3x8x8")
+
+
+def problem_of(
+    capture: Capture, method: str | Method = "scpl", **options: object
+) -> PartitionProblem:
+    chosen = make_method(method, options=options) if isinstance(method, str) else method
+    return cut_problem(capture, node_costs(capture, CPU), chosen, NUM_CLASSES, CPU)
+
+
+def at(problem: PartitionProblem, name: str) -> int:
+    return problem.names.index(name)
+
+
+# ---------------------------------------------------------------------- the problem
+
+
+def test_the_graph_has_the_costs_and_the_edges_of_the_model(cnn: Capture) -> None:
+    problem = problem_of(cnn)
+    costs = node_costs(cnn, CPU)
+    assert list(problem.graph) == [node.name for node in cnn.compute_nodes]
+    for name, facts in problem.graph.nodes.items():
+        assert facts["cost_us"] == costs[name].total_us
+    assert set(problem.graph.predecessors("add")) == {"stem", "layers_0_norm2"}
+    assert len(problem.allowed) == len(problem.graph) - 1
+
+
+def test_a_cut_costs_its_heads_and_the_tail_its_loss(cnn: Capture) -> None:
+    scpl, bp = problem_of(cnn), problem_of(cnn, "bp")
+    where = at(scpl, "stem")
+    assert scpl.allowed[where] and scpl.head_us[where] > 0
+    assert all(us == 0 for us in bp.head_us) and bp.allowed == scpl.allowed
+    released = problem_of(cnn, last="released")
+    assert released.tail_us > scpl.tail_us
+    small = problem_of(cnn, head="mlp", hidden=2, out=2)
+    large = problem_of(cnn, head="mlp", hidden=512, out=1024, pooling="none")
+    assert large.head_us[where] > small.head_us[where]
+
+
+def test_a_cut_inside_blocks_is_less_welcome_than_one_between_them(cnn: Capture) -> None:
+    problem = problem_of(cnn)
+    between = problem.penalty[at(problem, "relu")]  # after the first block's last operation
+    inside = problem.penalty[at(problem, "layers_0_conv1")]
+    outside = problem.penalty[at(problem, "stem")]
+    assert outside < between < inside
+
+
+def test_more_tensors_and_more_bytes_are_less_welcome() -> None:
+    problem = problem_of(fine(UNet(), "1x8x8"))
+    one, two = at(problem, "relu"), at(problem, "middle_0")
+    assert problem.penalty[one] < problem.penalty[two]  # the skip crosses the second as well
+
+
+def test_where_no_cut_may_be_the_reason_is_told() -> None:
+    problem = problem_of(fine(LstmClassifier(), "ids:int64:5<11,mask:int64:5<2"))
+    where = at(problem, "lstm1")
+    assert not problem.allowed[where]
+    assert problem.reason[where] == "lstm1 is not a tensor"
+    assert all((reason is None) == ok for reason, ok in zip(problem.reason, problem.allowed,
+                                                            strict=True))  # fmt: skip
+
+
+def test_a_method_may_refuse_a_cut_that_the_graph_allows(cnn: Capture) -> None:
+    problem = problem_of(cnn, head="conv")
+    assert problem.allowed[at(problem, "stem")]
+    where = at(problem, "mean")  # (B, 6): no map
+    assert not problem.allowed[where]
+    assert "head conv needs a feature map" in str(problem.reason[where])
+    assert problem_of(cnn).allowed[where]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.second = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.second(self.first(x)))
+        return self.fc(nn.functional.linear(y, self.first.weight))
+
+
+def test_readers_of_one_parameter_are_a_group() -> None:
+    problem = problem_of(fine(Tied(), "6"))
+    groups = {name: facts.get("group") for name, facts in problem.graph.nodes.items()}
+    assert groups["first"] == groups["linear"] == "first.weight"
+    assert groups["second"] is None
+
+
+def test_a_method_that_cannot_train_the_last_stage_is_an_error(cnn: Capture) -> None:
+    class Impossible(Backpropagation):
+        def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
+            raise MethodError("no way")
+
+    with pytest.raises(MethodError, match="no way"):
+        problem_of(cnn, Impossible())
+
+
+def test_bytes_that_cross_are_those_of_tensors_and_inputs() -> None:
+    capture = fine(LstmClassifier(), "ids:int64:5<11,mask:int64:5<2")
+    candidate = next(c for c in cut_candidates(capture) if c.after == "embedding")
+    assert candidate.inputs == ("mask",)
+    assert candidate_nbytes(candidate, capture) == BATCH * 5 * 6 * 4 + BATCH * 5 * 8
+
+
+# ---------------------------------------------------------------------- --split-at
+
+
+def test_a_module_ends_with_its_last_node(cnn: Capture) -> None:
+    assert split_nodes(cnn, ["stem", "layers.0", "layers.0.norm1", "layers"]) == [
+        "stem", "relu", "layers_0_norm1", "relu_1",
+    ]  # fmt: skip
+
+
+def test_a_node_is_named_by_itself(cnn: Capture) -> None:
+    assert split_nodes(cnn, ["add", "layers_0_conv1"]) == ["add", "layers_0_conv1"]
+
+
+def test_a_module_that_gives_a_tuple_ends_after_its_parts() -> None:
+    capture = fine(LstmClassifier(), "ids:int64:5<11,mask:int64:5<2")
+    (name,) = split_nodes(capture, ["lstm1"])
+    after = [node.name for node in capture.compute_nodes]
+    assert after[after.index(name) + 1] == "lstm2"
+    assert next(c for c in cut_candidates(capture) if c.after == name).allowed
+
+
+class SizeLater(nn.Module):
+    """The size of a module's output is asked long after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        return z * y.shape[1]
+
+
+def test_reading_the_shape_of_a_tensor_is_not_part_of_its_module() -> None:
+    assert split_nodes(fine(SizeLater(), "6"), ["first"]) == ["first"]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.block(x)))
+
+
+def test_a_module_that_is_called_twice_ends_with_its_second_call() -> None:
+    capture = fine(Twice(), "6")
+    assert split_nodes(capture, ["block"]) == [capture.compute_nodes[3].name]
+
+
+def test_an_unknown_module_is_named_with_the_known_ones(cnn: Capture) -> None:
+    with pytest.raises(PartitionError, match=r"--split-at 'layer1' is no module.*stem"):
+        split_nodes(cnn, ["stem", "layer1"])
