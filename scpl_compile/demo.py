@@ -15,7 +15,7 @@ from scpl_compile.runtime.progress import say
 __all__ = ["run_demo"]
 
 _MODEL = "scpl_compile.demo_net:build_net"
-_EPOCHS = 30
+_EPOCHS = 16
 
 
 def run_demo(out: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "resnet18": (lambda: _resnet18(), (3, 64, 64), 32, 16),
     "small_vit": (small_vit, (3, 32, 32), 64, 12),
 }
-"""Model, input, batch, and steps per timed call: filling the pipeline costs one step of each call."""
+"""Model, input, batch, steps per timed call: filling the pipeline costs one step of each call."""
 
 
 def _resnet18() -> nn.Module:

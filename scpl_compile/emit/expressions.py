@@ -133,9 +133,9 @@ def constant(value: Any, imports: Imports, variable: Variable) -> str:
 
 
 def _switch(value: Switch, inner: Callable[[Any], str]) -> str:
-    if (value.training, value.evaluation) == (True, False):
+    if value.training is True and value.evaluation is False:
         return "self.training"
-    if (value.training, value.evaluation) == (False, True):
+    if value.training is False and value.evaluation is True:
         return "(not self.training)"
     return f"({inner(value.training)} if self.training else {inner(value.evaluation)})"
 

@@ -116,6 +116,8 @@ class _Check:
         self.select_output = select_output
         self.found = _Findings()
         self.stages: list[nn.Module] = []
+        if len(stages) != plan.num_stages:
+            raise VerifyError(f"there are {len(stages)} stages, the plan has {plan.num_stages}")
         for stage, make in zip(plan.stages, stages, strict=True):
             with running(f"making stage {stage.index}"):
                 self.stages.append(make(model))

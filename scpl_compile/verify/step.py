@@ -80,6 +80,7 @@ class StepCheck:
             sent, losses = module.training_step(*arguments, labels=self._labels)
             sent = as_tuple(sent)
             gradients = self._gradients(sent, losses, arguments)
+            buffers = self._buffers()
         if stage.index and versions != _versions(arguments):
             raise VerifyError("it writes into a tensor that it received")
         versions = _versions(sent)
@@ -88,6 +89,8 @@ class StepCheck:
             outputs = named_outputs(stage, as_tuple(module(*again)))
             values = dict(zip(stage.inputs, again, strict=True)) | outputs
             self._check_stops(stopped, values)
+            if any(map(_differ, self._buffers(), buffers)):
+                raise VerifyError("it leaves other buffers than its forward does")
             planned = self._planned_losses(values)
             self._check_losses(losses, planned)
             forward = [values[crossing.name] for crossing in self.crossings]
@@ -119,6 +122,12 @@ class StepCheck:
             self.recomputes = self.recomputes or bool(calls)
             prints.append(found)
         return prints
+
+    def _buffers(self) -> list[Tensor]:
+        """Copies of the model's buffers in the stage, as they are now."""
+        heads = {loss.name for loss in self._stage.losses}
+        named = self._module.named_buffers()
+        return [buffer.clone() for name, buffer in named if name.split(".")[0] not in heads]
 
     def _planned_losses(self, values: Values) -> dict[str, Tensor]:
         """The losses as the plan says, with the weights of the emitted stage's heads."""
@@ -153,7 +162,7 @@ class StepCheck:
             where = "the plan" if odd[0] in planned else "the emitted stage"
             raise VerifyError(f"only {where} has the loss {odd[0]!r}")
         for name, value in planned.items():
-            if difference(losses[name], value) > RTOL:
+            if _differ(losses[name], value):
                 raise VerifyError(f"its loss {name!r} is another than the plan says")
 
     def _check_gradients(
@@ -176,7 +185,7 @@ class StepCheck:
         mask = [values[loss.mask]] if loss.mask else []
         head = getattr(self._module, loss.name)
         expected = head.logits(*reads, mask=mask[0] if mask else None)
-        if difference(self._module.exit(*reads, *mask), expected) > RTOL:
+        if _differ(self._module.exit(*reads, *mask), expected):
             raise VerifyError("its exit gives other logits than its local classifier")
 
     def _check_sent(
@@ -188,7 +197,7 @@ class StepCheck:
         owned = _memory([*self._module.parameters(), *self._module.buffers(), *raw_inputs])
         for crossing, value, truth in zip(self.crossings, sent, forward, strict=True):
             name = repr(crossing.name)
-            if difference(value, truth) > RTOL:
+            if _differ(value, truth):
                 raise VerifyError(f"it sends another {name} than its forward computes")
             if not self._detach:
                 continue
@@ -198,6 +207,10 @@ class StepCheck:
                 raise VerifyError(f"{name} crosses the cut and is not contiguous")
             if _memory([value]) & owned:
                 raise VerifyError(f"{name} crosses the cut as a view of its owner's memory")
+
+
+def _differ(actual: Tensor, expected: Tensor) -> bool:
+    return difference(actual, expected) > RTOL
 
 
 def _versions(values: Sequence[Tensor]) -> list[int]:

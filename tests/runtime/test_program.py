@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,7 +233,12 @@ def test_an_object_is_trained_as_a_copy_unless_in_place(inplace: bool, program: 
 
 def test_which_stages_draw_is_taken_from_the_verification(program: Path) -> None:
     plan = read_plan(program)
-    assert read_verification(program, plan).random_stages == (0, 1)
+    found = read_verification(program, plan)
+    assert found.random_stages == (0, 1) and found.recompute_stages == ()
+    write_verification(program, replace(found, random_stages=(0,), recompute_stages=None))
     stages = load_stages(program, plan)
+    with assemble(program, stages.build_model, stages.STAGES) as trainer:
+        assert [stage.draws for stage in trainer._stages] == [True, False]
+        assert [stage.recomputes for stage in trainer._stages] == [True, False]
     with assemble(program, stages.build_model, stages.STAGES, random_stages=(1,)) as trainer:
         assert [stage.draws for stage in trainer._stages] == [False, True]

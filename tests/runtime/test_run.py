@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,15 @@ from safetensors.torch import load_file
 from scpl_compile.errors import DataError, ProgramError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Loader
-from scpl_compile.runtime.program import read_plan
-from scpl_compile.runtime.run import Run, evaluation_facts, launch, open_loader, versions
+from scpl_compile.runtime.program import load_stages, read_plan
+from scpl_compile.runtime.run import (
+    Run,
+    _rows_before,
+    evaluation_facts,
+    launch,
+    open_loader,
+    versions,
+)
 from scpl_compile.runtime.trainer import Evaluation
 
 Train = Callable[..., Any]
@@ -133,11 +141,34 @@ def test_the_time_of_a_validation_does_not_count(
     assert hours == 3 and ran.json["seconds"] < 1800
 
 
+def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
+    options = Namespace(
+        data="random:64", augment="basic", batch_size=16, epochs=3, steps=0, optimizer="sgd",
+        lr=0.5, lr_schedule="constant", schedule="in_step", devices="cpu,cpu", seed=7,
+        threads_per_stage=2, run_dir="run", save_every=0, log_every=1, resume=False, force=False,
+    )  # fmt: skip
+    given: dict[str, Any] = {}
+
+    def build_trainer(**arguments: Any) -> Any:
+        given.update(arguments)
+        return load_stages(program, read_plan(program)).build_trainer(**arguments)
+
+    with Run(program, options) as run:
+        loader = run.open_data()
+        run.start(build_trainer, loader)
+        assert (loader.augment, loader.batch_size, loader.seed) == ("basic", 16, 7)
+        assert next(run.epochs(loader)) == (0, 0)
+    assert given == {
+        "devices": ("cpu", "cpu"), "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant",
+        "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------------- the run directory
 
 
 def test_an_earlier_run_is_refused_and_replaced_with_force(train: Train, program: Path) -> None:
-    train(program, *QUICK, "--steps", 2)
+    train(program, *QUICK, "--steps", 2, "--save-every", 1)
     before = (program / "run" / "metrics.jsonl").read_bytes()
     ran = train(program, *QUICK, "--steps", 3)
     assert ran.code == 1
@@ -145,6 +176,7 @@ def test_an_earlier_run_is_refused_and_replaced_with_force(train: Train, program
     assert (program / "run" / "metrics.jsonl").read_bytes() == before
     assert train(program, *QUICK, "--steps", 3, "--force").code == 0
     assert loss_rows(program / "run").keys() == {(k, step) for k in (0, 1) for step in range(3)}
+    assert checkpoint.latest(program / "run") is None
 
 
 @pytest.mark.parametrize("run_dir", [".", "..", "mine"])
@@ -370,6 +402,12 @@ def test_resume_without_a_checkpoint_says_how_to_get_one(train: Train, program: 
         assert ran.code == 1 and "no complete checkpoint to resume from" in ran.error
         assert "--save-every" in ran.error
         train(program, *QUICK, "--steps", 1)
+
+
+def test_rows_of_steps_that_will_be_done_again_are_dropped() -> None:
+    lines = [json.dumps({"step": step, "stage": 0}) + "\n" for step in (0, 1, 2, 3, 1)]
+    assert _rows_before(2, "".join(lines) + '{"step": 1, "st') == lines[0] + lines[1] + lines[4]
+    assert _rows_before(9, "") == ""
 
 
 # ---------------------------------------------------------------------- data
