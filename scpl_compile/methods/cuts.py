@@ -119,6 +119,6 @@ def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
             last[paths[node]] = node.name
     missing = [name for name in names if name not in last]
     if missing:
-        known = ", ".join(list(dict.fromkeys(n.split(".")[0] for n in last if n))[:12])
-        raise PartitionError(f"--split-at {missing[0]!r} is no module of the model ({known} …)")
+        known = ", ".join([name for name, _ in capture.model.named_children()][:12])
+        raise PartitionError(f"--split-at {missing[0]!r} is no module of the model; it has {known}")
     return [last[name] for name in names]

@@ -69,10 +69,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             continue
         seen[key] = name
         unique[name] = _own_storage(value.detach().cpu().contiguous(), storages)
+    # An order of several keys is not kept in the file, so one key less makes equal files equal.
+    stored = {**metadata, **({"aliases": json.dumps(aliases)} if aliases else {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(unique, temporary, metadata={**metadata, "aliases": json.dumps(aliases)})
+        save_file(unique, temporary, metadata=stored or None)
+        temporary.chmod(0o644)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     os.replace(temporary, path)

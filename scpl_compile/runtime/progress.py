@@ -44,11 +44,19 @@ class Progress:
         self._bar.stop()
 
     def show(
-        self, step: int, losses: Sequence[Mapping[str, float]], samples_per_second: float
+        self,
+        step: int,
+        losses: Sequence[Mapping[str, float]],
+        samples_per_second: float,
+        validation: float | None = None,
     ) -> None:
-        """losses: per stage, by name; the bar shows the sum of each stage."""
+        """losses: per stage, by name; the bar shows the sum of each stage.
+
+        validation: the accuracy after the last epoch, where there was one.
+        """
         sums = " ".join(f"{sum(terms.values()):.3f}" if terms else "-" for terms in losses)
-        text = f"{samples_per_second:.0f} samples/s, loss per stage {sums}"
+        known = "" if validation is None else f"validation {100 * validation:.1f} %, "
+        text = f"{samples_per_second:.0f} samples/s, {known}loss per stage {sums}"
         self._bar.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and (step - self._shown) * 10 >= self._total:
             self._shown = step

@@ -107,6 +107,7 @@ class Run:
         self._num_samples = 0
         self._num_finished = 0
         self._recent: list[deque[dict[str, float]]] = []
+        self._validation: float | None = None
         self._resume_from = self._check_directory()
 
     def __enter__(self) -> Self:
@@ -264,7 +265,7 @@ class Run:
             submitted = self._trainer.num_steps - self._first_step
             samples = self._num_samples * self._num_finished / max(submitted, 1)
             rate = samples / max(time.perf_counter() - self._start, 1e-9)
-            self._progress.show(self._trainer.num_steps, self._losses(), rate)
+            self._progress.show(self._trainer.num_steps, self._losses(), rate, self._validation)
 
     def _losses(self) -> list[dict[str, float]]:
         """Per stage the mean of each loss over the last --log-every steps that it has finished."""
@@ -286,7 +287,7 @@ class Run:
         accuracy = self._trainer.evaluate(loader.evaluation("validation")).accuracy
         step = self._trainer.num_steps - 1
         self._write_metrics([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
-        say(f"epoch {epoch}: {100 * accuracy:.2f} % on the validation split")
+        self._validation = accuracy
         self._start += time.perf_counter() - start  # as if training had begun so much later
 
     # ------------------------------------------------------------------ after the loop

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError
-from scpl_compile.runtime.stage import Part, StopGradient, as_tuple, cut, take
+from scpl_compile.runtime.stage import Part, StopGradient, as_tuple, cut, evaluating, take
 
 
 class Model(nn.Module):
@@ -140,7 +140,7 @@ def test_without_clone_nothing_is_copied() -> None:
     assert cut(value).data_ptr() == value.data_ptr()
 
 
-# ---------------------------------------------------------------------- StopGradient, as_tuple
+# ---------------------------------------------------------------------- the other pieces
 
 
 @given(st.booleans())
@@ -159,3 +159,13 @@ def test_as_tuple_takes_one_tensor_or_several() -> None:
     assert as_tuple((one,)) == (one,)
     assert as_tuple(value for value in (one, one)) == (one, one)
     assert as_tuple(()) == ()
+
+
+def test_evaluating_puts_every_module_back_into_the_mode_it_was_in() -> None:
+    model, other = Model().train(), Model().eval()
+    model.encoder.norm.eval()  # held by the user
+    modes = [module.training for stage in (model, other) for module in stage.modules()]
+    with pytest.raises(KeyError), evaluating([model, other]):
+        assert not any(m.training for stage in (model, other) for m in stage.modules())
+        raise KeyError
+    assert modes == [module.training for stage in (model, other) for module in stage.modules()]
