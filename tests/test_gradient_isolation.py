@@ -119,5 +119,3 @@ def test_the_paper_preset_trains_the_last_stage_before_its_classifier_by_contras
     usual, loud = trained(found), trained(found, replace=loud_classifier)
     odd = [differing(loud[k], usual[k]) for k in range(4)]
     assert odd == [set(), set(), set(), {"classifier.weight", "classifier.bias"}]
-
-

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.programs.main import (
-    BATCH_SIZE,
     MODELS,
     STEPS,
     best_bottleneck_us,
@@ -71,6 +70,8 @@ def test_an_emitted_program_trains(name: str, num_stages: int, tmp_path: Path) -
     assert [len(losses) for losses in trained.losses] == [STEPS] * num_stages
     for k, (first, last) in enumerate(trained.first_and_last):
         assert last < first, f"stage {k}: {trained.losses[k]}"
+    # Some have a gradient that is zero but for rounding (the bias of attention's keys, that of a
+    # convolution before a batch norm); Adam divides by its size, so they move as well.
     assert trained.still == ()
     assert list(elsewhere.iterdir()) == []  # all that it writes is in its own directory
 
@@ -78,7 +79,6 @@ def test_an_emitted_program_trains(name: str, num_stages: int, tmp_path: Path) -
 def test_every_model_is_here() -> None:
     assert {name for name, _ in RUN + COMPILE} == set(MODELS)
     assert {name for name, _ in RUN} == set(MODELS) - {"vgg16_bn"}
-    assert BATCH_SIZE == 8
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 6, 8])
