@@ -142,32 +142,35 @@ Print = tuple[float, ...]
 """Norm of a gradient, and its products with two fixed random vectors."""
 
 
-def _fingerprint(gradient: Tensor) -> Print:
+_CHUNK = 2**16
+"""Elements of a gradient that are in double precision at a time."""
+
+
+def _fingerprint(gradient: Tensor, noise: Tensor) -> Print:
     """Two gradients whose difference is d differ in these products by about |d|.
 
     Kept instead of the gradient: a set of gradients would cost the memory of the parameters.
+    noise: float64 (2, _CHUNK). Each chunk has a weight of its own, so that their order counts.
     """
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
-    generator = _generator()
-    square, products = 0.0, [0.0, 0.0]
-    for chunk in gradient.detach().flatten().split(2**20):
-        values = chunk.double()
+    square, products = 0.0, torch.zeros(2, dtype=torch.float64)
+    for i, chunk in enumerate(gradient.detach().flatten().split(_CHUNK)):
+        values = chunk.to("cpu", torch.float64)
         square += float(values.dot(values))
-        for i in range(2):
-            noise = torch.randn(chunk.numel(), generator=generator)
-            products[i] += float(values.dot(noise.double().to(values.device)))
-    return (square**0.5, *products)
+        products += (1 + i % 16 / 16) * (noise[:, : len(values)] @ values)
+    return (square**0.5, *products.tolist())
 
 
 @contextmanager
 def taken_gradients(leaves: Mapping[str, Tensor]) -> Iterator[dict[str, Print]]:
     """The fingerprints of the gradients that a backward inside gives; none of them is kept."""
     prints: dict[str, Print] = {}
+    noise = torch.randn(2, _CHUNK, generator=_generator()).double()
 
     def take(name: str, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        prints[name] = _fingerprint(leaf.grad)
+        prints[name] = _fingerprint(leaf.grad, noise)
         leaf.grad = None
 
     hooks = [

@@ -77,6 +77,12 @@ def test_the_order_of_elements_matters() -> None:
         compare_gradients(prints(parameter, gradient.flip(0)), prints(parameter, gradient), SIDES)
 
 
+def test_the_order_of_large_parts_matters_too() -> None:
+    parameter, gradient = nn.Parameter(torch.zeros(4, 2**16)), torch.arange(4.0)[:, None]
+    with pytest.raises(VerifyError):
+        compare_gradients(prints(parameter, gradient.flip(0)), prints(parameter, gradient), SIDES)
+
+
 def test_a_gradient_on_one_side_is_named() -> None:
     found = {"a": (1.0, 0.0, 0.0), "b": (1.0, 0.0, 0.0)}
     with pytest.raises(VerifyError, match="'b' gets a gradient only in the model"):
