@@ -48,11 +48,12 @@ def _resnet18() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few repeats, nothing written")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate")
     parser.add_argument("--case", choices=CASES, action="append")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for name in options.case or CASES:
-        rows += run_case(name, repeats=2 if options.quick else 5)
+        rows += run_case(name, repeats=2 if options.quick else options.repeats)
     table(rows)
     if not options.quick:
         write_rows(Path(__file__).with_name("results.csv"), rows)
