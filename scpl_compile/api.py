@@ -23,7 +23,7 @@ from scpl_compile.methods.cuts import cut_problem, split_nodes
 from scpl_compile.methods.plan import PlanFacts, build_plan
 from scpl_compile.partition import Partition, partition
 from scpl_compile.partition import split_at as split_where
-from scpl_compile.runtime.lane import split_devices
+from scpl_compile.runtime.lane import default_threads, split_devices
 from scpl_compile.runtime.program import (
     Verification,
     assemble,
@@ -33,7 +33,7 @@ from scpl_compile.runtime.program import (
 )
 from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run import evaluation_facts, open_loader, versions
-from scpl_compile.runtime.trainer import Trainer, default_threads
+from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (
     Shapes,
     check_output,
@@ -261,11 +261,25 @@ def _resolve_model(
             raise SourceError("config= goes with a model that is named, or with source=")
         return model, None, type(model).__name__
     again, found = load_model(source, num_classes=num_classes, config=config)
-    if odd := sorted(model.state_dict().keys() ^ again.state_dict().keys()):
+    given, built = _traits(model), _traits(again)
+    if odd := sorted(
+        name for name in given.keys() | built.keys() if given.get(name) != built.get(name)
+    ):
         raise SourceError(
-            f"source {source!r} builds another model than the one given: they differ in {odd[0]!r}"
+            f"source {source!r} builds another model than the one given: they differ in {odd[0]!r} "
+            f"({given.get(odd[0], 'absent')}, built: {built.get(odd[0], 'absent')}); do in the "
+            "callable what was done to the object"
         )
     return model, found, source
+
+
+def _traits(model: nn.Module) -> dict[str, str]:
+    """Shape, dtype and whether it trains, of every tensor of the model's state."""
+    trains = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {
+        name: f"{tuple(value.shape)} {value.dtype}{'' if name in trains else ', does not train'}"
+        for name, value in model.state_dict().items()
+    }
 
 
 def _resolve_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[InputSpec, ...], int | None]:

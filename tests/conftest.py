@@ -57,6 +57,14 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     return compiled
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Stages have threads of their own; a second one per operator costs small tests more than it
+    gives, several times as much on a busy machine.
+    """
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def net_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with `build_model`."""

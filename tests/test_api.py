@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import scpl_compile
 from scpl_compile.api import compile_model, evaluate_program, plan_model
 from scpl_compile.errors import EmitError, PartitionError, SourceError, VerifyError
+from scpl_compile.runtime.lane import default_threads
 from scpl_compile.runtime.program import read_plan
-from scpl_compile.runtime.trainer import Evaluation, default_threads
+from scpl_compile.runtime.trainer import Evaluation
 from scpl_compile.sources import load_model
 
 IMAGES, LABELS = torch.randn(12, 1, 8, 8), torch.arange(12) % 10

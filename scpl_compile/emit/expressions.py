@@ -18,11 +18,11 @@ from torch import fx
 
 from scpl_compile.capture import Switch
 from scpl_compile.emit.imports import Imports
-from scpl_compile.emit.layout import call_lines, expression_lines
+from scpl_compile.emit.layout import Argument, call_lines, expression_lines
 from scpl_compile.errors import EmitError
 from scpl_compile.methods.flow import value_name
 
-__all__ = ["attribute", "constant", "function", "statement", "variable_names"]
+__all__ = ["argument", "attribute", "constant", "function", "statement", "variable_names"]
 
 Variable = Callable[[fx.Node], str]
 """How a node is read."""
@@ -132,6 +132,15 @@ def constant(value: Any, imports: Imports, variable: Variable) -> str:
     )
 
 
+def argument(value: Any, imports: Imports, variable: Variable, prefix: str = "") -> Argument:
+    """An argument of a call as source, after `prefix` (`name=`); lists and tuples may be folded."""
+    if isinstance(value, (list, tuple)) and len(value) > 1:
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        items = [constant(item, imports, variable) for item in value]
+        return (f"{prefix}{opening}", items, closing)
+    return f"{prefix}{constant(value, imports, variable)}"
+
+
 def _switch(value: Switch, inner: Callable[[Any], str]) -> str:
     if value.training is True and value.evaluation is False:
         return "self.training"
@@ -184,10 +193,10 @@ def statement(
     Raises:
         EmitError: a function cannot be imported by name; an argument has no text form.
     """
-    arguments = [constant(argument, imports, variable) for argument in node.args]
+    arguments = [argument(value, imports, variable) for value in node.args]
     for key in node.kwargs:
         _check_name(key, "argument")
-    keywords = [f"{k}={constant(v, imports, variable)}" for k, v in node.kwargs.items()]
+    keywords = [argument(v, imports, variable, f"{k}=") for k, v in node.kwargs.items()]
     if node.op == "call_module":
         path = str(node.target)
         head = attribute(path, is_module=True) if path else "self.model"

@@ -2,18 +2,36 @@
 
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "call_lines", "expression_lines", "plain", "signature_lines", "tuple_lines"]
+__all__ = [
+    "WIDTH",
+    "Argument",
+    "call_lines",
+    "expression_lines",
+    "plain",
+    "signature_lines",
+    "tuple_lines",
+]
 
 WIDTH = 100
 
+Argument = str | tuple[str, Sequence[str], str]
+"""An argument of a call; (opening, items, closing) of one that may be folded itself."""
 
-def call_lines(head: str, arguments: Sequence[str], indent: int) -> list[str]:
+
+def call_lines(head: str, arguments: Sequence[Argument], indent: int) -> list[str]:
     """`head(arguments)`, on one line where it fits."""
     pad = " " * indent
-    line = f"{pad}{head}({', '.join(arguments)})"
+    line = f"{pad}{head}({', '.join(map(_text, arguments))})"
     if len(line) <= WIDTH:
         return [line]
     return [f"{pad}{head}(", *_inside(arguments, indent), f"{pad})"]
+
+
+def _text(argument: Argument) -> str:
+    if isinstance(argument, str):
+        return argument
+    opening, items, closing = argument
+    return f"{opening}{', '.join(items)}{closing}"
 
 
 def signature_lines(name: str, parameters: Sequence[str], result: str) -> list[str]:
@@ -25,10 +43,22 @@ def signature_lines(name: str, parameters: Sequence[str], result: str) -> list[s
     return [f"    def {name}(", *_inside(arguments, 4), f"    ) -> {result}:"]
 
 
-def _inside(arguments: Sequence[str], indent: int) -> list[str]:
+def _inside(arguments: Sequence[Argument], indent: int) -> list[str]:
     pad = " " * (indent + 4)
-    line = f"{pad}{', '.join(arguments)}"
-    return [line] if len(line) <= WIDTH else [f"{pad}{argument}," for argument in arguments]
+    line = f"{pad}{', '.join(map(_text, arguments))}"
+    if len(line) <= WIDTH:
+        return [line]
+    comma = "," if len(arguments) > 1 else ""
+    lines = []
+    for argument in arguments:
+        line = f"{pad}{_text(argument)}{comma}"
+        if isinstance(argument, str) or len(line) <= WIDTH:
+            lines.append(line)
+        else:
+            opening, items, closing = argument
+            lines += [f"{pad}{opening}", *(f"{pad}    {item}," for item in items)]
+            lines.append(f"{pad}{closing}{comma}")
+    return lines
 
 
 def tuple_lines(head: str, items: Sequence[str], tail: str, indent: int) -> list[str]:

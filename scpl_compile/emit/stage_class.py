@@ -1,6 +1,6 @@
 """The text of one stage class: forward, training_step and, where it has one, exit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import fx
 from scpl_compile.capture import BATCH, Capture
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.emit.expressions import (
+    argument,
     attribute,
     constant,
     function,
@@ -16,7 +17,7 @@ from scpl_compile.emit.expressions import (
     variable_names,
 )
 from scpl_compile.emit.imports import RUNTIME, Imports
-from scpl_compile.emit.layout import call_lines, plain, signature_lines, tuple_lines
+from scpl_compile.emit.layout import Argument, call_lines, plain, signature_lines, tuple_lines
 from scpl_compile.errors import EmitError
 from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage
 from scpl_compile.methods.flow import value_name
@@ -105,7 +106,7 @@ class StageClass:
         if any(path.split(".")[0] == name for path in self._paths):
             raise EmitError(f"the model's {name!r} has the name of an attribute that stages have")
 
-    def _loss_arguments(self, loss: LocalLoss) -> list[str]:
+    def _loss_arguments(self, loss: LocalLoss) -> list[Argument]:
         arguments: dict[str, object] = {
             "num_classes": self._plan.num_classes,
             "in_shapes": loss.in_shapes,
@@ -113,7 +114,10 @@ class StageClass:
         if any(loss.batch_dims):
             arguments["batch_dims"] = loss.batch_dims
         arguments.update(loss.options)
-        return [f"{key}={self._constant(value)}" for key, value in arguments.items()]
+        return [
+            argument(value, self._imports, attrgetter("name"), f"{key}=")
+            for key, value in arguments.items()
+        ]
 
     # ------------------------------------------------------------------ forward
 
@@ -141,12 +145,14 @@ class StageClass:
         """Variables of received tensors that the stage writes in place, maybe through a view."""
         if self._stage.index == 0:
             return []
-        written = {
-            self._by_name[name].meta["base"] for n in self._nodes for name in n.meta["mutates"]
-        }
+        written = self._written(self._nodes)
         by_value = {value_name(node): node for node in self._by_name.values()}
         inputs = self._stage.inputs
         return [self._names[name] for name in inputs if by_value[name].meta["base"] in written]
+
+    def _written(self, nodes: Iterable[fx.Node]) -> set[str]:
+        """The memory, by its first node, that these nodes write in place."""
+        return {self._by_name[name].meta["base"] for n in nodes for name in n.meta["mutates"]}
 
     def _needed(self) -> tuple[list[fx.Node], set[str]]:
         """The nodes to write, and the names of those that are read.
@@ -167,7 +173,11 @@ class StageClass:
         if "recipe" in node.meta and self._stage_of.get(node.name) != self._stage.index:
             return self._recomputed(node.meta["recipe"])
         name = self._names[value_name(node)]
-        return f"self.stop({name})" if node.name == self._stop_at else name
+        if node.name != self._stop_at:
+            return name
+        later = self._nodes[self._nodes.index(node) + 1 :]
+        is_written = node.meta["base"] in self._written(later)
+        return f"self.stop({name})" + (".clone()" if is_written else "")  # the loss reads it too
 
     def _recomputed(self, recipe: Any) -> str:
         """A size that another stage computed, from what this stage has."""

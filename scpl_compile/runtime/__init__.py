@@ -4,6 +4,7 @@ from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
 from scpl_compile.runtime.options import parse_options
 from scpl_compile.runtime.program import assemble
+from scpl_compile.runtime.randomness import own_draws
 from scpl_compile.runtime.run import Run, launch
 from scpl_compile.runtime.stage import Part, StopGradient, cut, take
 from scpl_compile.runtime.trainer import Evaluation, Trainer
@@ -20,6 +21,7 @@ __all__ = [
     "cut",
     "launch",
     "load_callable",
+    "own_draws",
     "parse_options",
     "take",
 ]

@@ -1,5 +1,6 @@
 """A stage's device and, on CUDA, its own stream there; on CPU the same calls do nothing."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from scpl_compile.errors import MethodError
 
-__all__ = ["Lane", "Mark", "caller_mark", "resolve_devices", "split_devices"]
+__all__ = ["Lane", "Mark", "caller_mark", "default_threads", "resolve_devices", "split_devices"]
 
 Mark = torch.cuda.Event | None
 """The point in the sender's stream after which its tensors are there; None on CPU."""
@@ -111,3 +112,8 @@ def split_devices(text: str, num_stages: int) -> tuple[str, ...]:
         return tuple(name.strip() for name in text.split(",") if name.strip())
     num_gpus = min(torch.cuda.device_count(), num_stages)
     return tuple(f"cuda:{i}" for i in range(num_gpus)) or ("cpu",)
+
+
+def default_threads(num_workers: int) -> int:
+    """Intra-op threads that `num_workers` workers on this machine's cores can have each."""
+    return max(1, (os.cpu_count() or 1) // num_workers)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["StageRandom", "seeded", "spread_seed"]
+__all__ = ["StageRandom", "own_draws", "seeded", "spread_seed"]
 
 _GENERATORS = threading.RLock()
 """Guards the process's default generators (torch, numpy, python). Scopes of one thread may nest."""
@@ -37,6 +37,17 @@ def spread_seed(seed: int, *parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
     return state >> 1
+
+
+@contextmanager
+def own_draws() -> Iterator[None]:
+    """Draws of the caller inside come from the default generators while no stage uses them.
+
+    A script that draws from the default generators between two steps (a DataLoader that shuffles,
+    a transform) must do so inside, or its draws and those of the stages mix, and runs differ.
+    """
+    with _GENERATORS:
+        yield
 
 
 @contextmanager

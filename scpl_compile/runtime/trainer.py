@@ -1,6 +1,5 @@
 """The trainer: what `build_trainer` gives and a training loop calls."""
 
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.stage import as_tuple, evaluating
 from scpl_compile.runtime.stage_step import StageStep
 
-__all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules", "default_threads"]
+__all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules"]
 
 StageClass = Callable[[nn.Module], nn.Module]
 """An emitted stage class: made from the model whose modules it takes."""
@@ -70,7 +69,8 @@ class Trainer:
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
         record_events: keep every executed action with its times in `events`.
 
-    A step returns at once: do not write to its tensors afterwards. Losses are read when asked for.
+    A step returns at once: do not write to its tensors afterwards, and draw random numbers of your
+    own inside runtime.own_draws(). Losses are read when asked for.
 
     Raises:
         MethodError: an option that the plan does not allow.
@@ -149,7 +149,8 @@ class Trainer:
             raise MethodError(
                 f"schedule {schedule!r} does not go with method {self.plan.method!r}, which allows "
                 f"{', '.join(allowed)}; for it, compile with: "
-                f"scpl compile {self.plan.model} --method {method}"
+                f"scpl compile {self.plan.model} --method {method} "
+                f"--input '{','.join(map(str, self.plan.inputs))}' -o DIR"
             )
         return schedule
 
@@ -201,6 +202,8 @@ class Trainer:
 
     def _check_labels(self, labels: Tensor, num_samples: int) -> None:
         """On the host and before the copy: later it would be a device-side assert."""
+        if not isinstance(labels, Tensor):
+            raise DataError(f"labels must be an int64 tensor (B,), not {type(labels).__name__}")
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DataError(f"labels must be int64 (B,), not {labels.dtype} {tuple(labels.shape)}")
         if not labels.numel() or not num_samples or num_samples % labels.numel():
@@ -292,8 +295,13 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained model under its original names; loads into the original model. Drains."""
+        """The trained model under its original names; loads into the original model. Drains.
+
+        Raises TrainingError where a loss was not finite: the weights are lost.
+        """
         self.drain()
+        for step in self._stages:
+            step.check_finite()
         state = self.model.state_dict()
         for stage, spec in zip(self._stages, self.plan.stages, strict=True):
             own = stage.module.state_dict()  # on another device a stage has its own buffers
@@ -390,8 +398,3 @@ def _sends(plan: Plan, stage: int) -> tuple[str, ...]:
     if stage == plan.num_stages - 1:
         return ()
     return tuple(crossing.name for crossing in plan.cuts[stage].crossings)
-
-
-def default_threads(num_workers: int) -> int:
-    """Intra-op threads that `num_workers` workers on this machine's cores can have each."""
-    return max(1, (os.cpu_count() or 1) // num_workers)

@@ -406,7 +406,10 @@ def test_long_calls_and_expressions_are_folded() -> None:
     call = graph.call_function(torch.cat, ([x, x],), {"dim": 1})
     assert statement(call, Imports(), name_of, prefix="y = ", indent=8) == [
         "        y = torch.cat(",
-        f"            [{x.name}, {x.name}],",
+        "            [",
+        f"                {x.name},",
+        f"                {x.name},",
+        "            ],",
         "            dim=1,",
         "        )",
     ]

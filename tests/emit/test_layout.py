@@ -33,6 +33,17 @@ def test_arguments_move_to_one_line_of_their_own_or_to_one_each() -> None:
     assert call_lines("f", LONGER, 0) == ["f(", *(f"    {x}," for x in LONGER), ")"]
 
 
+def test_a_list_that_is_too_long_folds_within_the_call() -> None:
+    items = [*LONGER, "e" * 30]
+    folded = ["    [", *(f"        {x}," for x in items)]
+    assert call_lines("f", [("[", items, "]"), "1"], 0) == [
+        "f(", *folded, "    ],", "    1,", ")",
+    ]  # fmt: skip
+    assert call_lines("f", [("[", items, "]")], 0) == ["f(", *folded, "    ]", ")"]
+    assert call_lines("f", [("key=(", ["a", "b"], ")"), "1"], 0) == ["f(key=(a, b), 1)"]
+    assert call_lines("f", [("[", ["a", "b"], "]"), *LONGER], 0)[1] == "    [a, b],"
+
+
 def test_signatures_fold_alike() -> None:
     inner = ", ".join(["self", *LONG[:2]])
     long_result = "R" * 40

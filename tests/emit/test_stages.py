@@ -88,6 +88,27 @@ def test_what_is_written_in_the_stage_that_made_it_is_not_cloned() -> None:
     assert ".clone()" not in source_of(compiled(ThroughAView(), split_at=("mul_",)))
 
 
+class DropsInPlace(nn.Module):
+    """The classifier begins by writing the feature that the local loss reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.classifier = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(6, NUM_CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.second(torch.relu(self.first(x))))
+
+
+def test_a_feature_that_the_classifier_writes_is_cloned_behind_the_stop() -> None:
+    program = compiled(DropsInPlace(), split_at=("first",), preset="paper")
+    assert "self.classifier(self.stop(second).clone())" in method_of(program, 1, "forward")
+    stage = load_stages(program.directory, program.plan).Stage1(program.model).train()
+    feature, _ = stage(torch.randn(4, 6))
+    assert (feature != 0).all()
+
+
 class ReadsWeight(Net):
     def between(self, x: Tensor) -> Tensor:
         return F.linear(x, self.first.weight)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import DataError, MethodError, TrainingError
 from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime.trainer import default_threads
+from scpl_compile.runtime.lane import default_threads
 from stage_nets import (
     BATCH_SIZE,
     WIDTH,
