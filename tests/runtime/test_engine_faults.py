@@ -163,10 +163,16 @@ def test_a_crossing_alias_that_is_not_cloned_is_seen() -> None:
     """Both orders are legal in stream; only with a clone do they compute the same."""
     right = [aliased_run(clone=True, reads_late=late) for late in (False, True)]
     assert differences(*right) == []
-    wrong = [aliased_run(clone=False, reads_late=late) for late in (False, True)]
-    assert "1 module.weight" in differences(*wrong)
-    assert differences(right[0], wrong[0]) == []  # read before the update: nothing to see
-    assert "1 losses" in differences(right[1], wrong[1])
+    early = aliased_run(clone=False, reads_late=False)
+    assert differences(right[0], early) == []  # read before the update: nothing to see
+    try:
+        late = aliased_run(clone=False, reads_late=True)
+    except TrainingError as error:
+        # The next update came between the reader's forward and backward: autograd saw it.
+        assert "modified by an inplace operation" in str(error)
+        return
+    assert "1 module.weight" in differences(early, late)
+    assert "1 losses" in differences(right[1], late)
 
 
 # ---------------------------------------------------------------------- failures
