@@ -357,13 +357,17 @@ def evaluate_program(
         start = time.perf_counter()
         found = trainer.evaluate(loader.evaluation(split))
         seconds = time.perf_counter() - start
-        placed = [str(device) for device in trainer.devices]
+        how = {
+            "schedule": trainer.schedule,
+            "devices": [str(device) for device in trainer.devices],
+            "threads_per_stage": trainer.threads_per_stage,
+        }
     return {
         **evaluation_facts(found),
         "losses": [{"cross_entropy": loss} for loss in found.losses],
         "samples_per_second": found.num_samples / seconds,
         "seconds": seconds,
-        "devices": placed,
+        **how,
         "data": data,
         "split": split,
         "weights": str(path),

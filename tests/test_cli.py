@@ -129,7 +129,7 @@ def test_evaluate_tells_the_accuracy(scpl: Scpl, resnet: tuple[Path, Result]) ->
     found = last_line(result)
     assert found.keys() == {
         "accuracy", "num_samples", "losses", "samples_per_second", "seconds", "devices", "data",
-        "split", "weights", "versions",
+        "split", "schedule", "threads_per_stage", "weights", "versions",
     }  # fmt: skip
     assert found["num_samples"] == 359 and 0 <= found["accuracy"] <= 1
     assert f"{100 * found['accuracy']:.2f} % of 359 samples (digits, test)" in result.stderr

@@ -23,7 +23,7 @@ from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage
 from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
 
-__all__ = ["StageClass", "stage_title"]
+__all__ = ["StageWriter", "stage_title"]
 
 
 def stage_title(stage: Stage, width: int) -> str:
@@ -32,7 +32,7 @@ def stage_title(stage: Stage, width: int) -> str:
     return plain(first if first == last else f"{first} .. {last}", width)
 
 
-class StageClass:
+class StageWriter:
     """Writes one stage class.
 
     Raises:

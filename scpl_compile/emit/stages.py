@@ -9,7 +9,7 @@ from scpl_compile.capture import Capture
 from scpl_compile.emit.expressions import constant
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import call_lines, plain
-from scpl_compile.emit.stage_class import StageClass, stage_title
+from scpl_compile.emit.stage_class import StageWriter, stage_title
 from scpl_compile.errors import EmitError, context
 from scpl_compile.ir import ModelSource, Plan
 from scpl_compile.version import __version__
@@ -35,7 +35,7 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
     bodies = []
     for stage in plan.stages:
         with context(f"stage {stage.index}"):
-            bodies.append(StageClass(plan, stage, capture, stage_of, imports).lines())
+            bodies.append(StageWriter(plan, stage, capture, stage_of, imports).lines())
     functions = [*_build_model(plan.source, imports), "", "", *_build_trainer(imports)]
     path = imports.name("pathlib", "Path")
     lines = [

@@ -105,7 +105,7 @@ class Trainer:
         self.devices = resolve_devices(tuple(devices or plan.placement), plan.num_stages)
         everyone = range(plan.num_stages)
         draws = set(everyone if random_stages is None else random_stages)
-        recomputes = set(everyone if recompute_stages is None else recompute_stages) & draws
+        recomputes = set(everyone if recompute_stages is None else recompute_stages)
         rate = learning_rate(lr, lr_schedule, total_steps)
         steps = []
         for k, make in enumerate(stages):
