@@ -239,6 +239,7 @@ def test_which_stages_draw_is_taken_from_the_verification(program: Path) -> None
     stages = load_stages(program, plan)
     with assemble(program, stages.build_model, stages.STAGES) as trainer:
         assert [stage.draws for stage in trainer._stages] == [True, False]
-        assert [stage.recomputes for stage in trainer._stages] == [True, False]
+        # Not known (a check that was skipped): every stage may draw in its backward.
+        assert [stage.recomputes for stage in trainer._stages] == [True, True]
     with assemble(program, stages.build_model, stages.STAGES, random_stages=(1,)) as trainer:
         assert [stage.draws for stage in trainer._stages] == [False, True]
