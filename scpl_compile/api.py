@@ -6,23 +6,22 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from scpl_compile.capture import Capture, capture, coarsen
-from scpl_compile.cost import DEVICES, node_costs
+from scpl_compile.capture import Capture, coarsen
+from scpl_compile.capture.refusals import check_usable
+from scpl_compile.cost import DEVICES
+from scpl_compile.cutting import CutRequest, cut_model
 from scpl_compile.emit import check_target, program_directory, write_program
 from scpl_compile.errors import EmitError, ProgramError, SourceError
-from scpl_compile.inputs import describe_inputs, forward_parameters
-from scpl_compile.ir import InputSpec, ModelSource, Plan, Scalar
+from scpl_compile.ir import InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
-from scpl_compile.methods.cuts import cut_problem, split_nodes
 from scpl_compile.methods.plan import PlanFacts, build_plan
-from scpl_compile.partition import Partition, partition
-from scpl_compile.partition import split_at as split_where
 from scpl_compile.runtime.lane import default_threads, split_devices
 from scpl_compile.runtime.program import (
     Verification,
@@ -33,30 +32,31 @@ from scpl_compile.runtime.program import (
 )
 from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run import evaluation_facts, open_loader, versions
+from scpl_compile.runtime.run_directory import trained_steps
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (
-    Shapes,
-    check_output,
+    Inputs,
+    OutputPath,
     example_inputs,
-    load_model,
-    output_shapes,
-    parse_inputs,
+    output_name,
+    pick_output,
+    resolve_inputs,
+    resolve_model,
 )
 from scpl_compile.verify import verify as verify_stages
 
 __all__ = ["Program", "compile_model", "evaluate_program", "plan_model"]
 
-Inputs = str | Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Planned:
-    """A plan with the graph that it was made from."""
+    """A plan with the graph that it was made from; output: where the model gives the logits."""
 
     plan: Plan
     model: nn.Module
     capture: Capture
     stage_of: Mapping[str, int]
+    output: OutputPath
 
 
 class Program:
@@ -89,14 +89,14 @@ class Program:
         )
 
 
-def plan_model(model: nn.Module | str, inputs: Inputs, **options: Any) -> Plan:
+def plan_model(model: nn.Module | str, inputs: Inputs | None = None, **options: Any) -> Plan:
     """Where the model would be cut and what every stage would cost; options as compile_model."""
     return _plan(model, inputs, **options).plan
 
 
 def compile_model(
     model: nn.Module | str,
-    inputs: Inputs,
+    inputs: Inputs | None = None,
     *,
     out: Path | str | None = None,
     force: bool = False,
@@ -106,15 +106,18 @@ def compile_model(
     """Compile `model` into a program.
 
     Args:
-        model: a module, or where it comes from ("torchvision:resnet18", "net.py:build").
+        model: a module, or where it comes from ("torchvision:resnet18", "timm:resnet18",
+            "hf:bert", "hf:config.json", "net.py:build").
         inputs: example inputs (one tensor, several, or a mapping; batch first), or their shapes
-            without the batch ("3x32x32").
+            without the batch ("3x32x32"). None: from the configuration of a library's model.
         out: the program's directory; None keeps it in a temporary one, to train from Python.
         force: replace a program in `out`. verify: compare the stages with the model first.
         options: num_classes (default: what the model gives), num_stages (default: the number of
             devices, else 2), split_at, devices, method, preset, options (of heads and losses),
             config (of the constructor), weights, source (where a module object comes from: needed
-            for `out`), batch_size, threads_per_stage.
+            for `out`), output (which of several outputs is the logits: "logits", "0"), frontend
+            ("fx" or "record"; default: the first that allows a balanced cut), batch_size,
+            threads_per_stage.
 
     Raises:
         ScplError: see errors.py; nothing is left in `out`.
@@ -175,20 +178,15 @@ def _fill(directory: Path, planned: _Planned, verify: bool) -> Verification:
             load_stages(directory, plan).STAGES,
             lambda batch_size: example_inputs(plan.inputs, batch_size),
             weights_sha256=sha256,
-            select_output=_only_tensor,
+            select_output=partial(pick_output, path=planned.output),
         )
     write_verification(directory, found)
     return found
 
 
-def _only_tensor(output: object) -> Tensor:
-    assert isinstance(output, Tensor), "check_output has refused other outputs"
-    return output
-
-
 def _plan(
     model: nn.Module | str,
-    inputs: Inputs,
+    inputs: Inputs | None,
     *,
     num_classes: int | None = None,
     num_stages: int | None = None,
@@ -200,30 +198,41 @@ def _plan(
     config: Mapping[str, Scalar] | None = None,
     weights: Path | None = None,
     source: str | None = None,
+    output: str | None = None,
+    frontend: str | None = None,
     batch_size: int | None = None,
     threads_per_stage: int | None = None,
 ) -> _Planned:
-    module, model_source, name = _resolve_model(model, source, num_classes, config, weights)
-    specs, example_size = _resolve_inputs(module, inputs)
+    module, model_source, name = resolve_model(model, source, num_classes, config, weights, say)
+    check_usable(module)
+    specs, example_size = resolve_inputs(module, inputs, model_source, say)
     placement = _placement(devices, num_stages, split_at)
     chosen = make_method(method, preset=preset, is_text=_is_text(specs), options=options)
-    fine = capture(module, specs, batch_size=max(2, batch_size or example_size or 128))
-    num_classes = check_output(
-        _output_shapes(fine), num_classes=num_classes, batch_size=fine.batch_size
+    cutting = cut_model(
+        module,
+        CutRequest(
+            inputs=specs,
+            batch_size=max(2, batch_size or example_size or 128),
+            output=output,
+            num_classes=num_classes,
+            method=chosen,
+            device=DEVICES["cuda" if placement[0].startswith("cuda") else "cpu"],
+            num_stages=len(placement),
+            split_at=tuple(split_at),
+            frontend=frontend,
+        ),
     )
-    device = DEVICES["cuda" if placement[0].startswith("cuda") else "cpu"]
-    costs = node_costs(fine, device)
-    problem = cut_problem(fine, costs, chosen, num_classes, device)
-    found: Partition
-    if split_at:
-        found = split_where(problem, split_nodes(fine, split_at))
-    else:
-        found = partition(problem, len(placement))
+    if cutting.dropped:
+        say(
+            f"the logits are the output {output_name(cutting.output)}; dropped: "
+            f"{', '.join(cutting.dropped)} (see --output)"
+        )
+    fine, found = cutting.capture, cutting.partition
     stage_of = {name: k for k, names in enumerate(found.stages) for name in names}
     coarse, coarse_stage_of = coarsen(fine, stage_of)
     facts = PlanFacts(
         model=name,
-        num_classes=num_classes,
+        num_classes=cutting.num_classes,
         placement=placement,
         threads_per_stage=threads_per_stage or default_threads(len(placement)),
         optimizer={"name": "adam", "lr": 1e-3},
@@ -235,58 +244,9 @@ def _plan(
         versions=versions(),
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
-    return _Planned(plan=plan, model=module, capture=coarse, stage_of=coarse_stage_of)
-
-
-def _resolve_model(
-    model: nn.Module | str,
-    source: str | None,
-    num_classes: int | None,
-    config: Mapping[str, Scalar] | None,
-    weights: Path | None,
-) -> tuple[nn.Module, ModelSource | None, str]:
-    """(module, where it comes from, its name)."""
-    if isinstance(model, str):
-        module, found = load_model(model, num_classes=num_classes, config=config, weights=weights)
-        return module, found, model
-    if not isinstance(model, nn.Module):
-        raise SourceError(
-            f"the model is of type {type(model).__name__}; give an nn.Module, or name a callable: "
-            "'file.py:build'"
-        )
-    if weights is not None:
-        raise SourceError("weights= goes with a model that is named; load them into your object")
-    if source is None:
-        if config:
-            raise SourceError("config= goes with a model that is named, or with source=")
-        return model, None, type(model).__name__
-    again, found = load_model(source, num_classes=num_classes, config=config)
-    given, built = _traits(model), _traits(again)
-    if odd := sorted(
-        name for name in given.keys() | built.keys() if given.get(name) != built.get(name)
-    ):
-        raise SourceError(
-            f"source {source!r} builds another model than the one given: they differ in {odd[0]!r} "
-            f"({given.get(odd[0], 'absent')}, built: {built.get(odd[0], 'absent')}); do in the "
-            "callable what was done to the object"
-        )
-    return model, found, source
-
-
-def _traits(model: nn.Module) -> dict[str, str]:
-    """Shape, dtype and whether it trains, of every tensor of the model's state."""
-    trains = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {
-        name: f"{tuple(value.shape)} {value.dtype}{'' if name in trains else ', does not train'}"
-        for name, value in model.state_dict().items()
-    }
-
-
-def _resolve_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[InputSpec, ...], int | None]:
-    """(specs, batch size of the examples or None)."""
-    if isinstance(inputs, str):
-        return parse_inputs(inputs, forward_parameters(model)), None
-    return describe_inputs(model, inputs)
+    return _Planned(
+        plan=plan, model=module, capture=coarse, stage_of=coarse_stage_of, output=cutting.output
+    )
 
 
 def _placement(
@@ -312,16 +272,6 @@ def _placement(
     return tuple(names[k * len(names) // num_stages] for k in range(num_stages))
 
 
-def _output_shapes(found: Capture) -> Shapes:
-    """What the model gives, for check_output, with its dicts and tuples."""
-
-    def described(node: fx.Node) -> Tensor | None:
-        meta = node.meta["tensor"]
-        return None if meta is None else torch.empty(meta.shape, device="meta")
-
-    return output_shapes(fx.map_arg(found.graph.output_node().args[0], described))
-
-
 def _is_text(specs: Sequence[InputSpec]) -> bool:
     return not specs[0].dtype.startswith(("float", "bfloat"))
 
@@ -339,6 +289,7 @@ def evaluate_program(
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
+    The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
         ProgramError: the program or its weights are missing or damaged.
@@ -367,6 +318,7 @@ def evaluate_program(
         "losses": [{"cross_entropy": loss} for loss in found.losses],
         "samples_per_second": found.num_samples / seconds,
         "seconds": seconds,
+        "steps": trained_steps(path, plan.digest),
         **how,
         "data": data,
         "split": split,

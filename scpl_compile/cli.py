@@ -17,6 +17,9 @@ from scpl_compile.version import __version__
 
 __all__ = ["main"]
 
+_LIBRARIES = ("torchvision", "timm", "hf")
+"""Whose models know their inputs."""
+
 
 def _telling_errors(command: Callable[..., None]) -> Callable[..., None]:
     """An error of ours is one sentence on stderr and exit code 1."""
@@ -37,9 +40,12 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.argument("model"),
         click.option(
-            "--input", "inputs", required=True, metavar="SPEC",
-            help="Shapes without the batch: 3x32x32, or ids:int64:128<30000,mask:int64:128<2.",
+            "--input", "inputs", metavar="SPEC",
+            help="Shapes without the batch: 3x32x32, or ids:int64:128<30000,mask:int64:128<2; "
+                 "a library's model knows its own.",
         ),
+        click.option("--output", metavar="NAME",
+                     help="Which output is the logits, of several: logits, 0, …"),
         click.option("--num-classes", type=click.IntRange(min=2), metavar="N",
                      help="Default: what the model gives."),
         click.option("--stages", "num_stages", type=click.IntRange(min=1), metavar="K",
@@ -55,7 +61,7 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
                      help="Of heads and losses: head=mlp, pooling=avg:4, temperature=0.1, …"),
         click.option("--config", default="", metavar="KEY=VALUE,…",
-                     help="Arguments of the model's constructor."),
+                     help="Arguments of the model's constructor, or hf: configuration."),
         click.option("--weights", type=click.Path(path_type=Path), metavar="FILE",
                      help="Start from this safetensors file."),
         click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2),
@@ -71,6 +77,8 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of api.compile_model that the shared options stand for."""
+    if options["inputs"] is None and options["model"].split(":")[0] not in _LIBRARIES:
+        raise click.MissingParameter(param_type="option", param_hint="'--input'")
     from scpl_compile.errors import context
     from scpl_compile.sources import parse_config
 
@@ -101,7 +109,8 @@ def main() -> None:
 def plan(as_json: bool, **options: Any) -> None:
     """Show where MODEL would be cut, and its cost.
 
-    MODEL is torchvision:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE.
+    MODEL is torchvision:NAME, timm:NAME, hf:TYPE, hf:PATH/config.json, FILE.py:CALLABLE or
+    PACKAGE.MODULE:CALLABLE.
     """
     request = _request(options)
     from scpl_compile.api import plan_model
@@ -124,7 +133,8 @@ def plan(as_json: bool, **options: Any) -> None:
 def compile_(as_json: bool, **options: Any) -> None:
     """Write MODEL as a training program into DIR.
 
-    MODEL is torchvision:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE.
+    MODEL is torchvision:NAME, timm:NAME, hf:TYPE, hf:PATH/config.json, FILE.py:CALLABLE or
+    PACKAGE.MODULE:CALLABLE.
     """
     request = _request(options)
     from scpl_compile.api import compile_model

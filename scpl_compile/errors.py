@@ -5,6 +5,7 @@
     ScplError
     ├── SourceError       the model, its file, its constructor, an input or a weights file
     ├── CaptureError      the model's graph cannot be taken
+    │   └── TraceError        by this frontend; another may do it
     ├── PartitionError    the graph has no such cut
     ├── MethodError       a method, loss, head or schedule does not fit the plan
     ├── EmitError         the program directory
@@ -29,6 +30,7 @@ __all__ = [
     "ProgramError",
     "ScplError",
     "SourceError",
+    "TraceError",
     "TrainingError",
     "VerifyError",
     "context",
@@ -45,6 +47,10 @@ class SourceError(ScplError):
 
 class CaptureError(ScplError):
     """The model's graph cannot be taken without changing what the model does."""
+
+
+class TraceError(CaptureError):
+    """One frontend cannot take the graph; another one may."""
 
 
 class PartitionError(ScplError):

@@ -1,6 +1,13 @@
-"""Example inputs as specs: what a user passes from Python, without the batch."""
+"""Inputs as specs, and specs as inputs.
+
+::
+
+    "3x32x32"   "ids:int64:128<30000,mask:int64:128<2"  ─ parse_inputs ──┐
+    example tensors from Python  ─ describe_inputs ──────────────────────┴▶ InputSpec ─▶ tensors
+"""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +16,12 @@ from torch import Tensor, nn
 from scpl_compile.errors import SourceError
 from scpl_compile.ir import InputSpec
 
-__all__ = ["describe_inputs", "forward_parameters"]
+__all__ = ["describe_inputs", "example_inputs", "forward_parameters", "parse_inputs"]
+
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
+_INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
+_DTYPES = (*_FLOATS, *_INTEGERS, "bool")
+_INPUT_EXAMPLES = "as in 3x32x32 or ids:int64:128<30000,mask:int64:128<2"
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -60,3 +72,69 @@ def _describe(name: str, value: Tensor) -> InputSpec:
         shape=tuple(value.shape[1:]),
         high=max(2, int(value.max()) + 1) if is_bounded else None,
     )
+
+
+def parse_inputs(text: str, forward_parameter_names: Sequence[str]) -> tuple[InputSpec, ...]:
+    """Inputs from `[name:][dtype:]SHAPE[<high]`, separated by commas, batch left out.
+
+    A piece without a name is the parameter of forward at the same position; without a dtype it
+    is float32. Integers need `<high`, one more than the largest.
+
+    Raises:
+        SourceError: names the piece that is wrong.
+    """
+    specs: list[InputSpec] = []
+    for position, piece in enumerate(text.split(",")):
+        spec = _parse_input(piece.strip(), position, forward_parameter_names)
+        if spec.name in (other.name for other in specs):
+            raise SourceError(f"input {piece!r}: {spec.name} is given twice")
+        specs.append(spec)
+    return tuple(specs)
+
+
+def _parse_input(piece: str, position: int, names: Sequence[str]) -> InputSpec:
+    *front, rest = piece.split(":")
+    name = front.pop(0) if front and front[0] not in _DTYPES else ""
+    dtype = front.pop(0) if front else "float32"
+    match = re.fullmatch(r"((?:[0-9]+(?:x[0-9]+)*)?)(?:<([0-9]+))?", rest)
+    if front or not match or not piece:
+        raise SourceError(f"input {piece!r} is not [name:][dtype:]SHAPE[<high], {_INPUT_EXAMPLES}")
+    if dtype not in _DTYPES:
+        raise SourceError(f"input {piece!r}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if not name:
+        if position >= len(names):
+            raise SourceError(f"input {piece!r}: forward takes {len(names)} inputs, not more")
+        name = names[position]
+    if name not in names:
+        raise SourceError(f"input {piece!r}: forward has no {name!r}; it has {', '.join(names)}")
+    shape = tuple(map(int, match[1].split("x"))) if match[1] else ()
+    high = int(match[2]) if match[2] else None
+    if 0 in shape or high == 0:
+        raise SourceError(f"input {piece!r}: a size or a bound is 0, {_INPUT_EXAMPLES}")
+    if (dtype in _INTEGERS) != (high is not None):
+        need = "needs its bound <high" if high is None else f"takes no bound <{high}"
+        raise SourceError(f"input {piece!r}: {dtype} {need}, {_INPUT_EXAMPLES}")
+    return InputSpec(name=name, dtype=dtype, shape=shape, high=high)
+
+
+def example_inputs(
+    specs: Sequence[InputSpec], batch_size: int, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Random inputs (B, *shape), equal for equal seeds: normal floats, integers below `high`.
+
+    In a mask (bool, or integers below 2) the first position is 1, so that no row is all padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_example(spec, batch_size, generator) for spec in specs)
+
+
+def _example(spec: InputSpec, batch_size: int, generator: torch.Generator) -> Tensor:
+    shape = (batch_size, *spec.shape)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if spec.dtype in _FLOATS:
+        return torch.randn(shape, generator=generator).to(dtype)
+    high = 2 if spec.high is None else spec.high
+    values = torch.randint(high, shape, generator=generator)
+    if high == 2 and spec.shape:
+        values[..., 0] = 1
+    return values.to(dtype)

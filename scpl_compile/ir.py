@@ -12,6 +12,7 @@ digest of a Plan is the sha256 of its canonical JSON. Times are microseconds (`_
 
 import hashlib
 import json
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "Stage",
     "TensorMeta",
     "dtype_nbytes",
+    "first_and_last",
     "from_json",
     "to_json",
 ]
@@ -107,15 +109,18 @@ class ModelSource:
 
     spec: as the user wrote it ("torchvision:resnet18", "net.py:build", "package.module:build").
     path: the absolute file of a `file.py:callable`, and its sha256; None for installed packages.
-    config: keyword arguments of the constructor. is_object: the spec names an nn.Module, not a
-    callable that makes one.
+    config: keyword arguments of the constructor, values of JSON. is_object: the spec names an
+    nn.Module, not a callable that makes one. model_class, config_class: of `hf:…`, the names of
+    both in transformers; there `config` goes to the configuration.
     """
 
     spec: str
-    config: Mapping[str, Scalar] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     sha256: str | None = None
     is_object: bool = False
+    model_class: str = ""
+    config_class: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +223,17 @@ class Stage:
     cost_us: float
 
 
+def first_and_last(stage: Stage) -> tuple[str, str]:
+    """The first and the last module; where there is none, function."""
+    modules = [
+        name
+        for name in stage.nodes
+        if not name.startswith(("Tensor.", "torch.")) and not hasattr(operator, name)
+    ]
+    names = modules or stage.nodes
+    return names[0], names[-1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that was decided about a program; plan.json is a Plan.
@@ -309,6 +325,8 @@ def _brief(value: Any) -> str:
 
 
 def _read(hint: Any, data: Any, where: str) -> Any:
+    if hint is Any:
+        return data
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _read_union(args, data, where)

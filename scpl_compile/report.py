@@ -1,12 +1,10 @@
 """A plan as a person reads it."""
 
-import operator
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from scpl_compile.ir import LocalLoss, Plan, Scalar, Stage
+from scpl_compile.ir import LocalLoss, Plan, Scalar, Stage, first_and_last
 
 __all__ = ["count_text", "plan_facts", "print_plan", "size_text", "stages_text"]
 
@@ -68,7 +66,7 @@ def _table(plan: Plan) -> Table:
     table.add_column("head (params)", no_wrap=True)
     table.add_column("device", no_wrap=True)
     total = sum(stage.cost_us for stage in plan.stages)
-    names = [_first_and_last(stage) for stage in plan.stages]
+    names = [first_and_last(stage) for stage in plan.stages]
     between = " .. " if max(len(a + b) for a, b in names) <= _NAMES_WIDTH else " ..\n"
     for stage, (first, last) in zip(plan.stages, names, strict=True):
         table.add_row(
@@ -81,17 +79,6 @@ def _table(plan: Plan) -> Table:
             plan.placement[stage.index],
         )
     return table
-
-
-def _first_and_last(stage: Stage) -> tuple[str, str]:
-    """The first and the last module; where there is none, function."""
-    modules = [
-        name
-        for name in stage.nodes
-        if not name.startswith(("Tensor.", "torch.")) and not hasattr(operator, name)
-    ]
-    names = modules or stage.nodes
-    return names[0], names[-1]
 
 
 def _head_text(loss: LocalLoss) -> str:
@@ -116,8 +103,8 @@ def plan_facts(plan: Plan) -> list[dict[str, Scalar]]:
     return [
         {
             "index": stage.index,
-            "first": _first_and_last(stage)[0],
-            "last": _first_and_last(stage)[1],
+            "first": first_and_last(stage)[0],
+            "last": first_and_last(stage)[1],
             "num_parameters": stage.num_parameters,
             "cost_us": stage.cost_us,
             "crossing_bytes": _crossing_bytes(plan, stage),

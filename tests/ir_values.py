@@ -47,9 +47,16 @@ def metas(draw: st.DrawFn) -> TensorMeta:
 specs = st.builds(
     InputSpec, name=names, dtype=st.sampled_from(DTYPES), shape=shapes, high=st.none() | sizes
 )
-sources = st.builds(
-    ModelSource, spec=words, config=mappings, path=st.none() | words, sha256=st.none() | words
+arguments = st.recursive(
+    st.none() | scalars,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=4,
 )
+sources = st.builds(
+    ModelSource, spec=words, config=st.dictionaries(words, arguments, max_size=3),
+    path=st.none() | words, sha256=st.none() | words, is_object=st.booleans(),
+    model_class=words, config_class=words,
+)  # fmt: skip
 costs = st.builds(
     NodeCost, name=words, forward_us=numbers, backward_us=numbers, flops=sizes, bytes_moved=sizes,
     param_bytes=sizes, activation_bytes=sizes, source=words,

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import scpl_compile
 from scpl_compile.api import compile_model, evaluate_program, plan_model
 from scpl_compile.errors import EmitError, PartitionError, SourceError, VerifyError
 from scpl_compile.runtime.lane import default_threads
-from scpl_compile.runtime.program import read_plan
+from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.trainer import Evaluation
 from scpl_compile.sources import load_model
 
@@ -184,6 +185,82 @@ def test_without_verify_every_stage_counts_as_random(net_file: Path) -> None:
     assert not program.verification.is_verified
     with program.trainer() as trainer:
         assert [stage.draws for stage in trainer._stages] == [True, True]
+
+
+# ---------------------------------------------------------------------- inputs and outputs
+
+
+class TwoOutputs(nn.Module):
+    """Gives logits and, by a branch with dropout and BatchNorm, something else."""
+
+    def __init__(self, gives: Callable[..., Any]) -> None:
+        super().__init__()
+        self.gives = gives
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.other = nn.Sequential(nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 7))
+        self.top = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.body(x)
+        other = self.other(h)
+        return self.gives(self.head(self.top(h)), other)
+
+
+def as_dict(logits: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"other": other, "logits": logits}
+
+
+def as_tuple(*outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return outputs
+
+
+def test_of_several_outputs_the_logits_are_trained_and_evaluated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = TwoOutputs(as_dict)
+    program = compile_model(model, IMAGES, num_stages=2)
+    assert program.plan.num_classes == 10 and program.verification.is_verified
+    notice = "the logits are the output logits; dropped: other (see --output)\n"
+    assert capsys.readouterr().err == notice
+    with program.trainer(lr=0.05) as trainer:
+        for _ in range(3):
+            trainer.step(IMAGES, LABELS)
+        trainer.drain()
+        found = trainer.evaluate([(IMAGES, LABELS)])
+        model.load_state_dict(trainer.state_dict())
+    with torch.no_grad():
+        logits = model.eval()(IMAGES)["logits"]
+    assert found.accuracies == ((logits.argmax(1) == LABELS).double().mean().item(),)
+
+
+def test_an_output_is_chosen_by_its_name() -> None:
+    with pytest.raises(SourceError, match="2 of them could be the logits.*--output"):
+        plan_model(TwoOutputs(as_tuple), IMAGES)
+    program = compile_model(TwoOutputs(as_tuple), IMAGES, output="1")
+    assert program.plan.num_classes == 7 and program.plan.outputs == ("other_2",)
+
+
+def test_a_librarys_model_needs_no_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    name = "timm:vit_tiny_patch16_224"
+    program = compile_model(name, num_classes=4, config=config, out=tmp_path / "out", batch_size=4)
+    assert [str(spec) for spec in program.plan.inputs] == ["x:float32:3x32x32"]
+    notice = "input, from the model's own configuration: x:float32:3x32x32\n"
+    assert capsys.readouterr().err == notice
+    again = load_stages(program.directory, program.plan).build_model()
+    own = program.model.state_dict()
+    assert {n: v.shape for n, v in again.state_dict().items()} == {
+        n: v.shape for n, v in own.items()
+    }
+
+
+def test_ones_own_model_needs_an_input(net_file: Path, model: nn.Module) -> None:
+    for given in (model, f"{net_file}:build_model"):
+        with pytest.raises(SourceError, match="no input is given, .* give example tensors, or the"):
+            plan_model(given)
 
 
 # ---------------------------------------------------------------------- stages and devices

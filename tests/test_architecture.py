@@ -18,12 +18,12 @@ PACKAGE = "scpl_compile"
 
 ORDER = (
     "errors", "version", "ir", "actions", "kernels", "runtime", "inputs", "sources", "capture",
-    "cost", "partition", "methods", "emit", "verify", "simulate", "report", "demo_net", "api",
-    "demo", "cli",
+    "cost", "partition", "methods", "cutting", "emit", "verify", "simulate", "report", "demo_net",
+    "api", "demo", "cli",
 )  # fmt: skip
 """Left never imports right."""
 
-LAZY = {"torchvision", "sklearn", "rich", "tensorboard", "PIL"}
+LAZY = {"torchvision", "timm", "transformers", "sklearn", "rich", "tensorboard", "PIL"}
 """Optional or slow packages, which a function may import."""
 
 TORCH_FREE = ("errors", "version", "ir", "actions")

@@ -58,14 +58,6 @@ class Wrapped(nn.Module):
         return self.wrap(self.body(x))
 
 
-def wrapped():
-    return Wrapped(lambda x: {"logits": x})
-
-
-def nested():
-    return Wrapped(lambda x: ((x,),))
-
-
 def silent():
     return Wrapped(lambda x: None)
 
@@ -137,7 +129,8 @@ def refused(result: Result, message: str) -> None:
         ("torchvision:fasterrcnn_resnet50_fpn", "3x32x32", r"is a detection model; scpl compiles"),
         ("torchvision:fcn_resnet50", "3x32x32", r"is a segmentation model; scpl compiles"),
         ("resnet18", "3x32x32", r"'resnet18' names no constructor; write torchvision:resnet18"),
-        ("hf:gpt2", "ids:int64:8<9", r"hf: models come later; for now name a callable"),
+        ("timm:resnet118", "3x32x32", r"timm has no model 'resnet118'; did you mean resnet"),
+        ("hf:gpt22", "int64:8<9", r"neither a model_type of .*nothing is downloaded.*mean gpt2"),
         ("nowhere.py:build", "1x8x8", r"nowhere\.py is missing"),
         ("no_such_module_here:build", "1x8x8", r"no module 'no_such_module_here'; install it"),
         ("MODELS:nothing", "1x8x8", r"has no 'nothing'; its callables: .*fused"),
@@ -146,14 +139,8 @@ def refused(result: Result, message: str) -> None:
         ("MODELS:count", "1x8x8", r":count is of type int; it must be"),
         ("MODELS:regression", "1x8x8", r"gives \(128, 1\): .* a regression; scpl needs classes"),
         ("MODELS:language_model", "int64:8<30", r"per token \(a language model\?\); .*pool over"),
-        ("MODELS:Boxes", "1x8x8", r"gives a dict \(boxes, scores\); name a callable whose model"),
-        (
-            "MODELS:wrapped",
-            "1x8x8",
-            r"gives a dict \(logits\); name a callable whose model",
-        ),
-        ("MODELS:nested", "1x8x8", r"gives 1 outputs; name a callable whose model returns one"),
-        ("MODELS:silent", "1x8x8", r"gives 0 outputs; name a callable whose model returns one"),
+        ("MODELS:Boxes", "1x8x8", r"boxes \(128, 4\), scores .* could be the logits.*--output"),
+        ("MODELS:silent", "1x8x8", r"gives no tensor: .*; name a callable whose model returns one"),
         ("MODELS:one_layer", "3x8x8", r"128x3x8x8|128x192.*check --input"),
         ("MODELS:one_layer", "1x8xx8", r"input '1x8xx8' is not .*as in 3x32x32"),
         ("MODELS:one_layer", "int64:8", r"int64 needs its bound <high"),
@@ -449,6 +436,25 @@ def test_memory_that_runs_out_in_a_stage_is_told_with_its_stage(
     monkeypatch.setattr(StageStep, "backward", fail)
     ran = train(program, *QUICK)
     assert ran.code == 1 and "stage 1 failed: OutOfMemoryError: tried to allocate" in ran.error
+
+
+def test_a_model_whose_module_has_gone(
+    scpl: Scpl, net_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "folder"
+    source.mkdir()
+    shutil.copy(net_file, source / "my_gone_module.py")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(source)
+        result = scpl("compile", "my_gone_module:build_model", "--input", "1x8x8", "-o", out)
+        assert result.exit_code == 0, result.stderr
+    for name in [name for name in sys.modules if "my_gone_module" in name or "scpl_prog" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    refused(
+        scpl("evaluate", out, "--data", "random:20", "--weights", out / "weights.safetensors"),
+        r"stages\.py: there is no module 'my_gone_module'; install it, or put its folder on PYTHON",
+    )
 
 
 # ---------------------------------------------------------------------- evaluate

@@ -129,8 +129,9 @@ def test_evaluate_tells_the_accuracy(scpl: Scpl, resnet: tuple[Path, Result]) ->
     found = last_line(result)
     assert found.keys() == {
         "accuracy", "num_samples", "losses", "samples_per_second", "seconds", "devices", "data",
-        "split", "schedule", "threads_per_stage", "weights", "versions",
+        "split", "schedule", "threads_per_stage", "weights", "versions", "steps",
     }  # fmt: skip
+    assert found["steps"] is None  # no run has written these weights
     assert found["num_samples"] == 359 and 0 <= found["accuracy"] <= 1
     assert f"{100 * found['accuracy']:.2f} % of 359 samples (digits, test)" in result.stderr
     assert found["weights"] == str(weights)
@@ -221,6 +222,46 @@ def test_config_and_weights(scpl: Scpl, net_file: Path, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
+TWO_OUTPUTS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+        self.one, self.two = nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        h = self.body(x)
+        return {"one": self.one(h), "two": self.two(h)}
+"""
+
+
+def test_an_output_is_named_where_there_are_several(
+    scpl: Scpl, train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(TWO_OUTPUTS)
+    words = ("compile", f"{tmp_path}/net.py:Net", "--input", "1x8x8", "-o", tmp_path / "out")
+    result = scpl(*words)
+    assert result.exit_code == 1 and "2 of them could be the logits" in result.stderr
+    result = scpl(*words, "--output", "two")
+    assert result.exit_code == 0 and "output two; dropped: one (see --output)" in result.stderr
+    assert run_steps(train, tmp_path / "out").code == 0
+    found = last_line(scpl("evaluate", tmp_path / "out", "--data", "digits", "--json"))
+    assert found["num_samples"] == 359
+
+
+def test_the_input_of_a_librarys_model_is_derived_and_printed(scpl: Scpl) -> None:
+    result = scpl("plan", "torchvision:squeezenet1_1", "--num-classes", 4, "--batch-size", 2)
+    assert result.exit_code == 0
+    assert "input, from the model's own configuration: x:float32:3x224x224" in result.stderr
+
+
+def test_the_input_of_ones_own_model_is_required(scpl: Scpl, net_file: Path) -> None:
+    result = scpl("plan", f"{net_file}:build_model")
+    assert result.exit_code == 2 and "Missing option '--input'" in result.stderr
+
+
 def test_split_at_cuts_after_the_named_modules(
     scpl: Scpl, train: Train, net_file: Path, tmp_path: Path
 ) -> None:
@@ -301,4 +342,5 @@ def test_evaluate_takes_another_run_other_weights_and_another_split(
         scpl("evaluate", program, "--weights", weights, "--split", "train", "--json")
     )
     assert by_run["accuracy"] == by_file["accuracy"]
+    assert by_run["steps"] == by_file["steps"] == 3
     assert by_run["split"] == "train" and by_run["num_samples"] > 1000

@@ -159,7 +159,11 @@ def test_the_digest_changes_with_every_field(path: tuple[str | int, ...]) -> Non
     assert from_json(Plan, replaced(PLAN, path, changed)).digest != plan.digest
 
 
-@pytest.mark.parametrize("path", NODES, ids=written)
+TYPED = [path for path in NODES if hint_at(path) is not Any]
+"""All places but the arguments of constructors, which may be any JSON."""
+
+
+@pytest.mark.parametrize("path", TYPED, ids=written)
 def test_a_value_of_another_type_is_named_by_its_path(path: tuple[str | int, ...]) -> None:
     taken = taken_at(hint_at(path))
     wrong = [

@@ -287,12 +287,12 @@ class OwnGenerator(Inner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator = np.random.default_rng(0)
+        self.generators = [np.random.default_rng(0)]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.linear(x)
-        return self.linear(x) + torch.from_numpy(self.generator.random(WIDTH, np.float32))
+        return self.linear(x) + torch.from_numpy(self.generators[0].random(WIDTH, np.float32))
 
 
 def test_a_model_that_cannot_be_repeated_is_an_error() -> None:

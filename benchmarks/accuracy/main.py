@@ -51,7 +51,9 @@ STUDY: Mapping[str, tuple[str, str, dict[str, Scalar]]] = {
     ),
     "conv 8, x2 up to 96, avg:2": ("scpl", "default", NARROW),
     "conv 8, x2 up to 96, avg:2, contrast 0.3": ("scpl", "default", {**NARROW, "contrast": 0.3}),
-    "conv 8, x2 up to 96, avg:2, no contrast": ("early_exit", "default", NARROW),
+    "conv 8, x2 up to 96, avg:2, no contrast": (
+        "early_exit", "default", {key: value for key, value in NARROW.items() if key != "out"},
+    ),
     "conv 8, x2 up to 96, avg:2, released last stage": (
         "scpl", "default", {**NARROW, "last": "released"},
     ),

@@ -4,10 +4,13 @@
 cut, and when the cuts are chosen `coarsen` turns whole modules back into one call each.
 """
 
+from types import MappingProxyType
+from typing import Final
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from scpl_compile.capture.captured import BATCH, Capture, ModuleCall, Switch
+from scpl_compile.capture.captured import BATCH, DEVICE, Capture, ModuleCall, Switch
 from scpl_compile.capture.coarsen import coarsen
 from scpl_compile.capture.graph import (
     CutCandidate,
@@ -22,13 +25,17 @@ from scpl_compile.capture.normalize import (
     read_attributes_at_use,
     unpack_containers,
 )
+from scpl_compile.capture.recorder import record_mode
 from scpl_compile.capture.run import run_graph
 from scpl_compile.capture.shapes import annotate
+from scpl_compile.capture.tracer import trace_mode
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
 __all__ = [
     "BATCH",
+    "DEVICE",
+    "FRONTENDS",
     "Capture",
     "CutCandidate",
     "ModuleCall",
@@ -41,11 +48,17 @@ __all__ = [
 ]
 
 
-def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8) -> Capture:
+FRONTENDS: Final = MappingProxyType({"fx": trace_mode, "record": record_mode})
+"""The ways to a graph, in the order in which they are tried."""
+
+
+def capture(
+    model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8, frontend: str = "fx"
+) -> Capture:
     """Trace `model` and find what every node of its graph gives.
 
     inputs: one per parameter of forward that is fed; their names are the parameters' names.
-    batch_size: of the shapes that are reported (samples).
+    batch_size: of the shapes that are reported (samples). frontend: a key of FRONTENDS.
     `model` and the global random states are left bit for bit as they were.
 
     Raises:
@@ -56,7 +69,7 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise CaptureError(f"{name} has no shape yet: run the model once, then capture it")
-    traced, opaque = trace(model, inputs)
+    traced, opaque = trace(model, inputs, FRONTENDS[frontend])
     graph = traced.graph
     read_attributes_at_use(graph)
     unknown = frozenset(path for path, _ in opaque)
@@ -66,11 +79,11 @@ def capture(model: nn.Module, inputs: tuple[InputSpec, ...], batch_size: int = 8
         first = run_graph(model, graph, inputs, batch_size, unknown)
     second = run_graph(model, graph, inputs, batch_size + 1, unknown)
     annotate(graph, first, second, batch_size)
-    prefer_new_tensors(graph)
+    prefer_new_tensors(graph, unknown)
     return Capture(
         model=model,
         graph=graph,
-        frontend="fx",
+        frontend=frontend,
         opaque=opaque,
         inputs=inputs,
         outputs=tuple(n.name for n in graph.find_nodes(op="output")[0].all_input_nodes),

@@ -13,7 +13,7 @@ base       name of the earliest node whose memory it shares; its own name when f
 mutates    names of the argument nodes that it writes in place
 random     whether it draws random numbers in training mode
 recipe     of a node of kind "other" that any stage can compute again: its value, with BATCH for
-           the batch size; the key is absent otherwise
+           the batch size and DEVICE for the device; the key is absent otherwise
 ops        the tensor operations that ran inside it, for the cost model
 =========  =====================================================================================
 """
@@ -27,17 +27,23 @@ from torch.fx import Graph, Node
 
 from scpl_compile.ir import InputSpec
 
-__all__ = ["BATCH", "Capture", "ModuleCall", "Switch", "blank_meta"]
+__all__ = ["BATCH", "DEVICE", "Capture", "ModuleCall", "Switch", "blank_meta"]
 
 
-class _Batch:
-    """The one value BATCH: "the batch size" inside a recipe."""
+class _Known:
+    """One of the values that stand, inside a recipe, for what every stage knows."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __repr__(self) -> str:
-        return "BATCH"
+        return self._name
 
 
-BATCH: Final = _Batch()
+BATCH: Final = _Known("BATCH")
+"""The batch size."""
+DEVICE: Final = _Known("DEVICE")
+"""The device that the tensors are on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

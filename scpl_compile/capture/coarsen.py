@@ -17,6 +17,7 @@ from torch.fx.node import map_aggregate
 
 from scpl_compile.capture.captured import Capture, ModuleCall, Switch, blank_meta
 from scpl_compile.capture.normalize import is_field_read
+from scpl_compile.capture.values import Fields
 from scpl_compile.errors import CaptureError
 
 __all__ = ["coarsen"]
@@ -76,7 +77,8 @@ def _collapses(capture: Capture, stage_of: Mapping[str, int]) -> dict[str, _Coll
 
 def _given(call: ModuleCall, nodes: list[Node]) -> list[Node] | None:
     """The nodes that the outside gets at; None if it uses one that the call did not return."""
-    inside, returned = set(nodes), set(_leaves(call.result))
+    inside = set(nodes)
+    returned = {leaf for leaf in _leaves(call.result) if isinstance(leaf, Node)}
     given: set[Node] = set()
     for node in nodes:
         if inside.issuperset(node.users):
@@ -161,7 +163,8 @@ class _Builder:
         made = []
         for field, item in result.items() if isinstance(result, dict) else enumerate(result):
             if any(leaf in collapse.given and leaf not in self._copies for leaf in _leaves(item)):
-                read = self.graph.call_function(getitem, (node, field))
+                function = getattr if isinstance(result, Fields) else getitem
+                read = self.graph.call_function(function, (node, field))
                 read.meta = blank_meta(read, node.meta["scope"])
                 made += [read, *self._give(item, read, collapse)]
         return made

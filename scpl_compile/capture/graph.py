@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -39,13 +40,16 @@ def cut_candidates(capture: Capture) -> list[CutCandidate]:
     """One candidate per boundary between two compute nodes, in one sweep over the graph.
 
     A cut is refused where something other than a tensor would cross (a shape that any stage can
-    compute again does not count), where a gradient-carrying tensor has no batch dimension or is a
-    parameter, where no gradient-carrying tensor crosses (the nodes before could not be trained),
-    and where two crossing tensors share memory that is written later.
+    compute again does not count), where a gradient-carrying tensor is a parameter, where none with
+    a batch dimension crosses (the nodes before could not be trained), and where two crossing
+    tensors share memory that is written later. A gradient-carrying tensor without a batch dimension
+    (a position bias that every layer adds) crosses beside others: no local loss reads it, so one
+    that does must depend on it.
     """
     nodes = capture.compute_nodes
     last_use = _last_uses(capture)
     writes = _writes(capture)
+    sources = _batchless_sources(capture)
     live = [n for n in last_use if n.op == "placeholder"]
     candidates = []
     for index, node in enumerate(nodes[:-1]):
@@ -58,20 +62,21 @@ def cut_candidates(capture: Capture) -> list[CutCandidate]:
                 after=node.name,
                 crossing=tuple(n.name for n in crossing),
                 inputs=tuple(n.name for n in inputs),
-                reason=_refusal(index, crossing, inputs, writes),
+                reason=_refusal(index, crossing, inputs, writes, sources),
             )
         )
     return candidates
 
 
 def tied_groups(capture: Capture) -> dict[str, str]:
-    """Nodes that must be in one stage, because they share parameters or buffers that are written.
+    """Nodes that must be in one stage, because they share parameters or buffers that are written,
+    or draw from one generator that is an attribute.
 
-    Gives node name -> name of the first tensor that its group shares. Nodes that share nothing are
-    absent.
+    Gives node name -> name of the first tensor that its group shares, by all its names
+    ("wte.weight = head.weight"). Nodes that share nothing are absent.
     """
     holders: dict[str, list[str]] = defaultdict(list)
-    for held in (node_parameters(capture), _node_buffers(capture)):
+    for held in (node_parameters(capture), _node_buffers(capture), _node_generators(capture)):
         for node, names in held.items():
             for name in names:
                 holders[name].append(node)
@@ -82,8 +87,14 @@ def tied_groups(capture: Capture) -> dict[str, str]:
     for members in nx.connected_components(links):
         order = [n.name for n in capture.compute_nodes if n.name in members]
         shared = [name for name, nodes in holders.items() if len(nodes) > 1 and nodes[0] in members]
-        groups |= dict.fromkeys(order, shared[0])
+        groups |= dict.fromkeys(order, " = ".join(_all_names(capture.model, shared[0])))
     return groups
+
+
+def _all_names(model: nn.Module, name: str) -> list[str]:
+    """The names of a parameter, `name` first."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    return [name, *(other for other, p in known.items() if other != name and p is known.get(name))]
 
 
 def node_parameters(capture: Capture) -> dict[str, tuple[str, ...]]:
@@ -119,6 +130,23 @@ def _node_buffers(capture: Capture) -> dict[str, tuple[str, ...]]:
     return held
 
 
+def _node_generators(capture: Capture) -> dict[str, tuple[str, ...]]:
+    """Names of the generators that modules have: stages that share one would draw in any order."""
+    names: dict[int, str] = {}
+    for path, module in capture.model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Generator):
+                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
+    if not names:
+        return {}
+    held = {}
+    for node in capture.graph.find_nodes(op="call_module"):
+        parts = capture.model.get_submodule(str(node.target)).modules()
+        values = [value for part in parts for value in vars(part).values()]
+        held[node.name] = tuple(names[id(v)] for v in values if id(v) in names)
+    return held
+
+
 def _last_uses(capture: Capture) -> dict[Node, int]:
     """Index of the last compute node that uses each value; the number of nodes for outputs."""
     last: dict[Node, int] = {}
@@ -138,11 +166,32 @@ def _writes(capture: Capture) -> dict[str, tuple[int, ...]]:
     return {base: tuple(indices) for base, indices in writes.items()}
 
 
+def _carries_gradient(node: Node) -> bool:
+    meta = node.meta["tensor"]
+    return meta is not None and meta.requires_grad
+
+
+def _batchless_sources(capture: Capture) -> dict[Node, frozenset[Node]]:
+    """For each compute node the gradient-carrying nodes without a batch that it depends on."""
+    sources: dict[Node, frozenset[Node]] = {}
+    for node in capture.compute_nodes:
+        found = frozenset().union(*(sources.get(n, frozenset()) for n in node.all_input_nodes))
+        if _carries_gradient(node) and node.meta["tensor"].batch_dim is None:
+            found |= {node}
+        sources[node] = found
+    return sources
+
+
 def _refusal(
-    index: int, crossing: list[Node], inputs: list[Node], writes: Mapping[str, tuple[int, ...]]
+    index: int,
+    crossing: list[Node],
+    inputs: list[Node],
+    writes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[Node, frozenset[Node]],
 ) -> str:
     """Why there can be no cut after node `index`, or ""."""
-    trained = False
+    batchless = []
+    trained: frozenset[Node] | None = None
     for node in crossing:
         meta = node.meta["tensor"]
         if meta is None:
@@ -152,9 +201,14 @@ def _refusal(
         if node.meta["alias"] == "parameter":
             return f"{node.name} is a parameter"
         if meta.batch_dim is None:
-            return f"{node.name} has no batch dimension: {'x'.join(map(str, meta.shape))}"
-        trained = True
-    if not trained:
+            batchless.append(node)
+        else:
+            trained = (trained or frozenset()) | sources[node]
+    for node in batchless:
+        if node not in (trained or ()):
+            shape = "x".join(map(str, node.meta["tensor"].shape))
+            return f"{node.name} has no batch dimension: {shape}"
+    if trained is None:
         return "no tensor with a gradient crosses"
     for node in inputs:
         if writes.get(node.name, (index + 1,))[0] <= index:

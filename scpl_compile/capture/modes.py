@@ -6,38 +6,48 @@ whose own code made the difference is kept whole; the model's own forward cannot
 constant that differs becomes a Switch, and anything else is refused.
 """
 
+import operator
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from scpl_compile.capture.captured import Switch
+from scpl_compile.capture.opening import Trace
 from scpl_compile.capture.proxies import IN_PLACE
 from scpl_compile.capture.state import preserved
-from scpl_compile.capture.tracer import Trace, trace_mode
-from scpl_compile.errors import CaptureError
+from scpl_compile.errors import TraceError
 from scpl_compile.ir import InputSpec
 
 __all__ = ["trace"]
 
 _READS_TRAINING = "depends on self.training"
-_PURE_METHODS = frozenset({"size", "dim", "numel", "__getitem__"})
+_PURE_METHODS = frozenset(
+    "size dim numel __getitem__ to view reshape expand unsqueeze transpose".split()
+)
+_FACTORIES = frozenset(
+    {torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace}
+)
 
 _CONSTANTS = (bool, int, float, str, type(None))
 
 Scope = tuple[str, ...]
+TraceMode = Callable[[nn.Module, tuple[InputSpec, ...], dict[str, str], bool], Trace]
+"""(model, inputs, opaque, training) -> Trace: a frontend."""
 
 
 def trace(
-    model: nn.Module,
-    inputs: tuple[InputSpec, ...],
+    model: nn.Module, inputs: tuple[InputSpec, ...], trace_mode: TraceMode
 ) -> tuple[Trace, tuple[tuple[str, str], ...]]:
     """Trace `model`; give the graph of its nodes and the modules kept whole, with the reasons.
 
     inputs: by names of forward's parameters; the others keep their defaults.
+    trace_mode: the frontend (tracer.trace_mode, recorder.record_mode).
     The model is left bit for bit as it was, and so are the random states.
 
     Raises:
@@ -46,19 +56,24 @@ def trace(
     opaque: dict[str, str] = {}
     with preserved(model):
         while True:
-            known = len(opaque)
-            training = trace_mode(model, inputs, opaque, training=True)
-            if len(opaque) > known:
+            training = trace_mode(model, inputs, opaque, True)
+            if _is_stale(training, opaque):
                 continue
-            evaluation = trace_mode(model, inputs, opaque, training=False)
-            if len(opaque) == known:
-                differing = _differing_modules(training, evaluation)
-                if not differing:
-                    break
-                opaque |= dict.fromkeys(differing, _READS_TRAINING)
+            evaluation = trace_mode(model, inputs, opaque, False)
+            if _is_stale(training, opaque) or _is_stale(evaluation, opaque):
+                continue
+            differing = _differing_modules(training, evaluation)
+            if not differing:
+                break
+            opaque |= dict.fromkeys(differing, _READS_TRAINING)
     _remove_dead_nodes(training.graph)
     called = dict.fromkeys(str(n.target) for n in training.graph.find_nodes(op="call_module"))
     return training, tuple((path, opaque[path]) for path in called if path in opaque)
+
+
+def _is_stale(trace: Trace, opaque: Mapping[str, str]) -> bool:
+    """Whether `trace` opened a module that was found later to be kept whole."""
+    return any(call.path in opaque for call in trace.calls.values())
 
 
 def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
@@ -82,9 +97,9 @@ def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
     return {training.calls[scope[-1]].path for scope in scopes}
 
 
-def _root_error(target: Any) -> CaptureError:
+def _root_error(target: Any) -> TraceError:
     name = getattr(target, "__name__", target)
-    return CaptureError(
+    return TraceError(
         f"the forward of the model itself depends on self.training (at {name}): move that code "
         "into a submodule, which is then kept whole"
     )
@@ -173,5 +188,7 @@ def _is_pure(node: Node) -> bool:
         return node.target in _PURE_METHODS
     if node.op == "call_function":
         operators = getattr(node.target, "__module__", "") == "_operator"
-        return node.target is getattr or (operators and node.target not in IN_PLACE)
+        if node.target is getattr or node.target in _FACTORIES:
+            return True
+        return operators and node.target not in (*IN_PLACE, operator.setitem)
     return node.op == "get_attr"

@@ -96,10 +96,12 @@ def _replace_argument(user: Node, old: Node, new: Any) -> None:
     user.kwargs = map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
-def prefer_new_tensors(graph: Graph) -> None:
+def prefer_new_tensors(graph: Graph, unknown: frozenset[str] = frozenset()) -> None:
     """Write `x += y` as `x + y` where nothing reads x, or its memory, afterwards.
 
-    The results are the same bit for bit; without the write, x may cross a cut without a copy.
+    unknown: paths of modules that may give back the memory of their arguments in evaluation only,
+    as dropout does. The results are the same bit for bit; without the write, x may cross a cut
+    without a copy.
     """
     place = {node: index for index, node in enumerate(graph.nodes)}
     sharing: dict[str, list[Node]] = defaultdict(list)
@@ -111,7 +113,9 @@ def prefer_new_tensors(graph: Graph) -> None:
             continue
         same = sharing[node.meta["base"]]
         older = [n for n in same if place[n] < place[node]]
-        if _keeps_dtype(node) and not any(place[u] > place[node] for n in older for u in n.users):
+        users = [u for n in older for u in n.users]
+        users += [v for u in users if u.meta.get("random") or u.target in unknown for v in u.users]
+        if _keeps_dtype(node) and not any(place[user] > place[node] for user in users):
             node.target = IN_PLACE[node.target]
             node.meta["mutates"] = ()
             sharing[node.name] = same[len(older) :]

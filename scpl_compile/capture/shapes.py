@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from scpl_compile.capture.captured import BATCH
+from scpl_compile.capture.captured import BATCH, DEVICE
 from scpl_compile.capture.run import Seen
 from scpl_compile.ir import TensorMeta
 
 __all__ = ["annotate"]
 
-_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype"})
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel"})
 _NO_RECIPE = object()
 _CONSTANT_TYPES = (bool, int, float, str, type(None), torch.dtype)
@@ -76,6 +76,8 @@ def _is_shape_query(node: Node) -> bool:
 
 def _recipe(value: Any, other: Any, batch_size: int) -> Any:
     """`value` with BATCH where it is the batch size in both runs, else _NO_RECIPE."""
+    if isinstance(value, torch.device):
+        return DEVICE
     if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
         if len(value) != len(other):
             return _NO_RECIPE

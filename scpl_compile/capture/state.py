@@ -1,8 +1,8 @@
 """The state that running a model's Python code can change, and putting it back.
 
 Covers every module's attributes (one level into lists, dicts and sets: parameters, buffers,
-submodules, hooks and training flags live in such dicts), the values of buffers, and the random
-states of Python, numpy and torch.
+submodules, hooks and training flags live in such dicts), the values of buffers, and random states:
+those of Python, numpy and torch, and of generators that are attributes.
 """
 
 import random
@@ -48,13 +48,46 @@ def host_random_state() -> tuple[Any, ...]:
     return (random.getstate(), name, bytes(np.asarray(keys).data), *rest)
 
 
+_Source = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _get_state(source: _Source) -> Any:
+    """The state of a source of random numbers that a module owns."""
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if isinstance(source, np.random.Generator):
+        return source.bit_generator.state
+    return source.get_state() if isinstance(source, np.random.RandomState) else source.getstate()
+
+
+def _set_state(source: _Source, state: Any) -> None:
+    if isinstance(source, np.random.Generator):
+        source.bit_generator.state = state
+    elif isinstance(source, random.Random):
+        source.setstate(state)
+    else:
+        source.set_state(state)
+
+
+def _plain(state: Any) -> Any:
+    """A state in values that can be compared."""
+    if isinstance(state, dict):
+        return [(key, _plain(value)) for key, value in state.items()]
+    if isinstance(state, (tuple, list)):
+        return [_plain(value) for value in state]
+    return bytes(np.asarray(state).data) if hasattr(state, "__array__") else state
+
+
 @dataclass(slots=True)
 class _Attributes:
-    """One module's attributes, with shallow copies of the containers among them."""
+    """One module's attributes, with shallow copies of the containers among them, and the states of
+    its own sources of random numbers.
+    """
 
     module: nn.Module
     values: dict[str, Any]
     copies: dict[str, Any]
+    states: dict[str, Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> "_Attributes":
@@ -64,7 +97,8 @@ class _Attributes:
             for name, value in values.items()
             if isinstance(value, (dict, list, set, deque))
         }
-        return cls(module, values, copies)
+        sources = {name: v for name, v in values.items() if isinstance(v, _Source)}
+        return cls(module, values, copies, {n: _get_state(v) for n, v in sources.items()})
 
     def changed(self) -> str:
         """The first attribute that differs, or ""."""
@@ -77,6 +111,8 @@ class _Attributes:
                 return name
             if name in self.copies and not _same_items(self.copies[name], after):
                 return _item_name(self.copies[name], after) if name in _REGISTERS else name
+            if name in self.states and _plain(self.states[name]) != _plain(_get_state(after)):
+                return name
         return ""
 
     def restore(self) -> None:
@@ -85,6 +121,8 @@ class _Attributes:
             if not _same_items(copy, container):
                 container.clear()
                 (container.update if hasattr(container, "update") else container.extend)(copy)
+        for name, state in self.states.items():
+            _set_state(self.values[name], state)
         self.module.__dict__.clear()
         self.module.__dict__.update(self.values)
 

@@ -6,37 +6,40 @@ back and the module stays one opaque call. `trace_mode` does this for one of tra
 modes.py compares the two.
 """
 
-import inspect
 import math
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx import Node, Proxy, Tracer
 from torch.fx.node import map_aggregate
 from torch.nn.utils import rnn
-from torch.nn.utils.parametrize import is_parametrized
 
 from scpl_compile.capture.captured import ModuleCall
+from scpl_compile.capture.opening import (
+    Frame,
+    Trace,
+    Untraceable,
+    check_model,
+    is_library_leaf,
+    never_opened,
+    phrase,
+    place,
+    root_error,
+    single_call,
+    why_closed,
+)
 from scpl_compile.capture.proxies import IN_PLACE, InputProxy, ParameterProxy, ValueProxy
 from scpl_compile.capture.state import ModelState, RandomState
 from scpl_compile.capture.watch import watched
-from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 
-__all__ = ["Trace", "trace_mode"]
+__all__ = ["trace_mode"]
 
-_RANDOM = "random numbers drawn in Python"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MAX_PHRASE = 120
-_TORCH = Path(torch.__file__).parent
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Functions that become nodes although torch does not offer them to a tracer. Called with numbers
 # only, the first would run once, while tracing; as nodes they run each time.
 _RECORDED = {
@@ -48,26 +51,6 @@ _RECORDED = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """One traced graph and the module calls that were traced through, by scope key."""
-
-    graph: Graph
-    calls: Mapping[str, ModuleCall]
-
-
-class _Untraceable(Exception):
-    """The code being traced holds something that a graph cannot express; text: a phrase."""
-
-
-@dataclass(slots=True)
-class _Frame:
-    """One opened module call: its scope key, and why it must be closed again ("" so far)."""
-
-    key: str
-    reason: str = ""
-
-
 @dataclass(slots=True)
 class _Mark:
     """Where tracing stood when a module was opened."""
@@ -75,13 +58,6 @@ class _Mark:
     tail: Node
     state: ModelState
     randomness: RandomState
-
-
-def _is_library_leaf(module: nn.Module) -> bool:
-    """Whether `module` is of torch.nn and not a container: such modules are called whole."""
-    name = type(module).__module__
-    library = name.startswith(("torch.nn.", "torch.ao.nn."))
-    return library and not isinstance(module, _CONTAINERS)
 
 
 def trace_mode(
@@ -100,42 +76,12 @@ def trace_mode(
         CaptureError: the model's own forward cannot be traced, or the inputs do not fit it.
     """
     model.train(training)
-    _check_inputs(model, inputs)
-    if any(getattr(model, hooks) for hooks in _HOOKS):
-        raise CaptureError(
-            f"{type(model).__name__} itself has hooks, which its stages would not run: register "
-            "them on its submodules"
-        )
-    if _is_library_leaf(model):
-        return _single_call(model, inputs)
+    check_model(model, inputs)
+    if is_library_leaf(model):
+        return single_call(model, inputs)
     tracer = _AutoLeafTracer(inputs, opaque)
     with watched(tracer.report):
         return tracer.run(model)
-
-
-def _check_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
-    """Check that `inputs` name parameters of forward and leave none without a value.
-
-    Raises:
-        CaptureError: a name is unknown or missing.
-    """
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    kinds = {p.name: p.kind for p in parameters}
-    named = {spec.name for spec in inputs}
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = [name for name, kind in kinds.items() if kind not in variable]
-    if unknown := sorted(named - set(known)):
-        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
-            raise CaptureError(
-                f"--input {unknown[0]} is not a parameter of {type(model).__name__}.forward, "
-                f"which takes {', '.join(known) or 'none'}"
-            )
-    for parameter in parameters:
-        required = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
-        if required and parameter.name not in named:
-            raise CaptureError(
-                f"{type(model).__name__}.forward needs {parameter.name!r}: describe it with --input"
-            )
 
 
 class _AutoLeafTracer(Tracer):
@@ -145,7 +91,7 @@ class _AutoLeafTracer(Tracer):
         super().__init__(autowrap_modules=(math,), autowrap_functions=_RECORDED[rnn])
         self._inputs = inputs
         self._opaque = opaque
-        self._frames = [_Frame("")]
+        self._frames = [Frame("")]
         self._counts: Counter[str] = Counter()
         self._calls: dict[str, ModuleCall] = {}
         self._names: dict[int, str] = {}
@@ -162,10 +108,10 @@ class _AutoLeafTracer(Tracer):
             with _recorded(self):
                 graph = self.trace(model)
         except Exception as error:
-            raise _root_error(model, _phrase(error), _place(error)) from error
-        reason = self._why_closed(self._frames[0], model, state, randomness)
+            raise root_error(model, phrase(error), place(error)) from error
+        reason = why_closed(self._frames[0], state, randomness)
         if reason:
-            raise _root_error(model, reason, "")
+            raise root_error(model, reason, "")
         return Trace(graph=graph, calls=self._calls)
 
     def create_args_for_root(
@@ -188,9 +134,9 @@ class _AutoLeafTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call `m` whole, or trace through it and take that back where it would lose something."""
         path = self.path_of_module(m)
-        if path not in self._opaque and (reason := _never_opened(m)):
+        if path not in self._opaque and (reason := never_opened(m)):
             self._opaque[path] = reason
-        if path in self._opaque or _is_library_leaf(m):
+        if path in self._opaque or is_library_leaf(m):
             return self.create_proxy("call_module", path, args, kwargs)
         return self._open(m, path, forward, args, kwargs)
 
@@ -206,13 +152,13 @@ class _AutoLeafTracer(Tracer):
         key = f"{path}@{count}" if count else path
         self._counts[path] += 1
         given = _nodes((args, kwargs))
-        frame = _Frame(key)
+        frame = Frame(key)
         self._frames.append(frame)
         try:
             result = forward(*args, **kwargs)
-            reason = self._why_closed(frame, m, mark.state, mark.randomness)
+            reason = why_closed(frame, mark.state, mark.randomness)
         except Exception as error:
-            reason = frame.reason or _phrase(error)
+            reason = frame.reason or phrase(error)
         finally:
             self._frames.pop()
         if reason:
@@ -223,16 +169,6 @@ class _AutoLeafTracer(Tracer):
             path=path, args=given[0], kwargs=given[1], result=_nodes(result)
         )
         return result
-
-    def _why_closed(
-        self, frame: _Frame, module: nn.Module, state: ModelState, randomness: RandomState
-    ) -> str:
-        if frame.reason:
-            return frame.reason
-        if RandomState.now() != randomness:
-            return _RANDOM
-        changed = state.changed()
-        return f"changes its attribute {changed!r}" if changed else ""
 
     def _roll_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
@@ -245,7 +181,8 @@ class _AutoLeafTracer(Tracer):
     def report(self, reason: str) -> None:
         """Close the innermost opened module, because of `reason`."""
         frame = self._frames[-1]
-        frame.reason = frame.reason or reason
+        if reason != "logs" or len(self._frames) > 1:  # the model's own forward cannot be closed
+            frame.reason = frame.reason or reason
 
     # --- values
 
@@ -273,9 +210,11 @@ class _AutoLeafTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A node or constant for an argument; a tensor must be a parameter or a buffer."""
+        if isinstance(a, torch.Generator):
+            raise Untraceable("uses a torch.Generator")
         if isinstance(a, torch.Tensor):
             if id(a) not in self._names:
-                raise _Untraceable("uses a tensor that is neither parameter nor buffer")
+                raise Untraceable("uses a tensor that is neither parameter nor buffer")
             return self.create_node("get_attr", self._names[id(a)], (), {})
         return super().create_arg(a)
 
@@ -294,17 +233,6 @@ class _AutoLeafTracer(Tracer):
 def _nodes(value: Any) -> Any:
     """`value` with the nodes in place of their proxies."""
     return map_aggregate(value, lambda item: item.node if isinstance(item, Proxy) else item)
-
-
-def _never_opened(module: nn.Module) -> str:
-    """Why `module` must not be opened whatever its forward does, or ""."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript"
-    if is_parametrized(module) and not type(module).__mro__[1].__module__.startswith("torch.nn."):
-        return "parametrization"
-    if not _is_library_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS):
-        return "hooks"
-    return ""
 
 
 def _writes_first_argument(kind: str, target: Any) -> bool:
@@ -333,40 +261,3 @@ def _recorded(tracer: _AutoLeafTracer) -> Iterator[None]:
     finally:
         for owner, function in pairs:
             setattr(owner, function.__name__, function)
-
-
-def _single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
-    """The graph of a model that is itself one module of torch.nn: one call of it."""
-    graph = Graph()
-    kwargs: dict[str, Any] = {spec.name: graph.placeholder(spec.name) for spec in inputs}
-    call = graph.create_node("call_module", "", (), kwargs, name="model")
-    graph.output(call)
-    for node in graph.nodes:
-        node.meta["scope"] = ()
-    return Trace(graph=graph, calls={})
-
-
-def _phrase(error: BaseException) -> str:
-    """One line about an exception."""
-    text = " ".join(str(error).split())
-    if len(text) > _MAX_PHRASE:
-        text = text[: _MAX_PHRASE - 1] + "…"
-    return text if isinstance(error, _Untraceable) else f"{type(error).__name__}: {text}"
-
-
-def _place(error: BaseException) -> str:
-    """The last line outside of torch that the exception passed, as "net.py:42"."""
-    lines = [
-        f"{Path(frame.filename).name}:{frame.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not Path(frame.filename).is_relative_to(_TORCH) and frame.filename != __file__
-    ]
-    return lines[-1] if lines else ""
-
-
-def _root_error(model: nn.Module, reason: str, place: str) -> CaptureError:
-    at = f" at {place}" if place else ""
-    return CaptureError(
-        f"the forward of {type(model).__name__} itself cannot be traced{at} ({reason}): "
-        "move that code into a submodule, which is then kept whole"
-    )

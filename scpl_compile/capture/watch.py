@@ -1,12 +1,14 @@
 """Noticing constructs that run while a model is traced but leave no trace in the graph.
 
-Tracing calls the model's Python code once. Entering autocast or no_grad, a custom backward or
-checkpoint() has its effect then, and is absent from the graph. Names cannot be patched for this
-(`from torch.utils.checkpoint import checkpoint`, `swish = Swish.apply` hold the original object),
-so every call is compared with these functions' code objects in a profile hook (`sys.setprofile`).
+Tracing calls the model's Python code once. Entering autocast or no_grad, a custom backward,
+checkpoint() or print() has its effect then, and is absent from the graph. Names cannot be patched
+for this (`from torch.utils.checkpoint import checkpoint`, `swish = Swish.apply` hold the original
+object), so every call is compared with these functions' code objects in a profile hook
+(`sys.setprofile`).
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any, Final
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["watched"]
+__all__ = ["unwatched", "watched"]
 
 
 def _code(function: Any) -> CodeType:
@@ -34,6 +36,7 @@ _REASONS: Final = {
     _code(torch.autograd.graph.saved_tensors_hooks.__enter__): "saved_tensors_hooks",
     _code(torch.nn.attention.sdpa_kernel): "sdpa_kernel",
     _code(torch.random.fork_rng): "fork_rng",
+    _code(logging.Logger._log): "logs",
 }
 # Hashing a code object walks all of it; the objects above live as long as this module.
 _REASON_OF_ID: Final = {id(code): reason for code, reason in _REASONS.items()}
@@ -49,7 +52,22 @@ def watched(report: Callable[[str], None]) -> Iterator[None]:
                 report(reason)
         elif event == "c_call" and called.__name__ == "apply" and _is_function(called.__self__):
             report("custom autograd.Function")
+        elif event == "c_call" and called is print:
+            report("prints")
 
+    with _profiling(on_event):
+        yield
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Report nothing of what runs inside."""
+    with _profiling(None):
+        yield
+
+
+@contextmanager
+def _profiling(on_event: Callable[[FrameType, str, Any], None] | None) -> Iterator[None]:
     previous = sys.getprofile()
     sys.setprofile(on_event)
     try:

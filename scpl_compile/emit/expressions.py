@@ -133,11 +133,14 @@ def constant(value: Any, imports: Imports, variable: Variable) -> str:
 
 
 def argument(value: Any, imports: Imports, variable: Variable, prefix: str = "") -> Argument:
-    """An argument of a call as source, after `prefix` (`name=`); lists and tuples may be folded."""
+    """An argument of a call as source, after `prefix` (`name=`); containers may be folded."""
     if isinstance(value, (list, tuple)) and len(value) > 1:
         opening, closing = "[]" if isinstance(value, list) else "()"
         items = [constant(item, imports, variable) for item in value]
         return (f"{prefix}{opening}", items, closing)
+    if isinstance(value, dict) and value:
+        pairs = [constant({key: item}, imports, variable)[1:-1] for key, item in value.items()]
+        return (f"{prefix}{{", pairs, "}")
     return f"{prefix}{constant(value, imports, variable)}"
 
 

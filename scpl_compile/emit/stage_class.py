@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from scpl_compile.capture import BATCH, Capture
+from scpl_compile.capture import BATCH, DEVICE, Capture
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.emit.expressions import (
     argument,
@@ -19,7 +19,7 @@ from scpl_compile.emit.expressions import (
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import Argument, call_lines, plain, signature_lines, tuple_lines
 from scpl_compile.errors import EmitError
-from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage
+from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage, first_and_last
 from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
 
@@ -28,7 +28,7 @@ __all__ = ["StageWriter", "stage_title"]
 
 def stage_title(stage: Stage, width: int) -> str:
     """ "layer1 .. layer2", at most `width` long."""
-    first, last = stage.nodes[0], stage.nodes[-1]
+    first, last = first_and_last(stage)
     return plain(first if first == last else f"{first} .. {last}", width)
 
 
@@ -87,6 +87,9 @@ class StageWriter:
 
     def _init(self) -> list[str]:
         lines = ["    def __init__(self, model: nn.Module) -> None:", "        super().__init__()"]
+        self._check_free("training_step")
+        if f"{self._stage.index}X" in self._plan.inference:
+            self._check_free("exit")
         if self._paths == ("",):
             lines.append("        self.model = model")
         elif self._paths:
@@ -104,7 +107,10 @@ class StageWriter:
 
     def _check_free(self, name: str) -> None:
         if any(path.split(".")[0] == name for path in self._paths):
-            raise EmitError(f"the model's {name!r} has the name of an attribute that stages have")
+            raise EmitError(
+                f"the model's {name!r} has the name of an attribute that stages have; "
+                "rename it in the model"
+            )
 
     def _loss_arguments(self, loss: LocalLoss) -> list[Argument]:
         arguments: dict[str, object] = {
@@ -142,9 +148,10 @@ class StageWriter:
         return [f"{variable}: Tensor" for variable in self._variables(self._stage.inputs)]
 
     def _overwritten(self) -> list[str]:
-        """Variables of received tensors that the stage writes in place, maybe through a view."""
-        if self._stage.index == 0:
-            return []
+        """Variables of the inputs that the stage writes in place, maybe through a view.
+
+        Those of the first stage too: the batch is not the model's to write.
+        """
         written = self._written(self._nodes)
         by_value = {value_name(node): node for node in self._by_name.values()}
         inputs = self._stage.inputs
@@ -184,6 +191,8 @@ class StageWriter:
         if recipe is BATCH:
             name, dim = self._sized_input()
             return f"{self._names[name]}.shape[{dim}]"
+        if recipe is DEVICE:
+            return f"{self._names[self._stage.inputs[0]]}.device"
         if isinstance(recipe, tuple):
             items = ", ".join(self._recomputed(item) for item in recipe)
             return f"({items},)" if len(recipe) == 1 else f"({items})"

@@ -1,17 +1,14 @@
 """The text of stages.py: one class per stage, build_model() and build_trainer()."""
 
 from collections.abc import Mapping
-from keyword import iskeyword
-from operator import attrgetter
-from typing import Any
 
 from scpl_compile.capture import Capture
-from scpl_compile.emit.expressions import constant
 from scpl_compile.emit.imports import RUNTIME, Imports
-from scpl_compile.emit.layout import call_lines, plain
+from scpl_compile.emit.layout import plain
+from scpl_compile.emit.model import build_model_lines
 from scpl_compile.emit.stage_class import StageWriter, stage_title
-from scpl_compile.errors import EmitError, context
-from scpl_compile.ir import ModelSource, Plan
+from scpl_compile.errors import context
+from scpl_compile.ir import Plan
 from scpl_compile.version import __version__
 
 __all__ = ["stages_source", "stamp"]
@@ -36,7 +33,7 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
     for stage in plan.stages:
         with context(f"stage {stage.index}"):
             bodies.append(StageWriter(plan, stage, capture, stage_of, imports).lines())
-    functions = [*_build_model(plan.source, imports), "", "", *_build_trainer(imports)]
+    functions = [*build_model_lines(plan.source, imports), "", "", *_build_trainer(imports)]
     path = imports.name("pathlib", "Path")
     lines = [
         stamp(plan),
@@ -67,44 +64,6 @@ def _docstring(plan: Plan) -> list[str]:
     }.get(plan.method, "A value passes from stage to stage; its gradient does not (`cut`).")
     title = f"The stages of {plain(plan.model, 60)}, method {plan.method}."
     return [f'"""{title}', "", *rows, "", flow, '"""']
-
-
-def _build_model(source: ModelSource | None, imports: Imports) -> list[str]:
-    head = ["def build_model() -> nn.Module:"]
-    if source is None:
-        error = imports.name("scpl_compile.errors", "ProgramError")
-        return [
-            *head,
-            '    """Not possible: the model was given as an object, so its code is not known."""',
-            f"    raise {error}(",
-            '        "this program was compiled from a model object; compile it with source="',
-            "    )",
-        ]
-    doc = '    """The model as it was compiled; its first weights are in weights.safetensors."""'
-    if odd := [key for key in source.config if not key.isidentifier() or iskeyword(key)]:
-        raise EmitError(f"config {odd[0]!r} is no name of an argument")
-    arguments = [f"{key}={_constant(value, imports)}" for key, value in source.config.items()]
-    module, name = source.spec.rsplit(":", 1)
-    lines: list[str] = []
-    if source.path is not None:
-        loader = imports.name(RUNTIME, "load_callable")
-        where = [_constant(text, imports) for text in (source.path, name, source.sha256)]
-        found = "model" if source.is_object else "build"
-        lines = call_lines(f"{found}: Any = {loader}", where, 4)
-    elif module == "torchvision":
-        found = imports.name("torchvision.models", name)
-        arguments = ["weights=None", *arguments]
-    else:
-        first, *rest = name.split(".")
-        found = ".".join([imports.name(module, first), *rest])
-    if source.is_object:
-        lines.append(f"    return {imports.name('copy', 'deepcopy')}({found})")
-        return [*head, doc, *lines]
-    return [*head, doc, *lines, *call_lines(f"return {found}", arguments, 4)]
-
-
-def _constant(value: Any, imports: Imports) -> str:
-    return constant(value, imports, attrgetter("name"))
 
 
 def _build_trainer(imports: Imports) -> list[str]:

@@ -6,7 +6,7 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
 from scpl_compile.methods.base import Method
 from scpl_compile.methods.bp import Backpropagation
-from scpl_compile.methods.early_exit import EarlyExit
+from scpl_compile.methods.early_exit import EarlyExit, check_options
 from scpl_compile.methods.scpl import Scpl
 from scpl_compile.runtime.loss_options import PAPER, LossOptions
 
@@ -30,7 +30,7 @@ def make_method(
     and `last` ("through" or "released").
 
     Raises:
-        MethodError: an unknown name, preset or option.
+        MethodError: an unknown name, preset or option, or one that the method has no use for.
     """
     if name not in METHODS:
         raise MethodError(f"method {name!r} is not one of {', '.join(METHODS)}")
@@ -46,8 +46,11 @@ def make_method(
     if name == "bp":
         if options:
             raise MethodError(
-                f"method 'bp' has no local loss, so no option {next(iter(options))!r}"
+                f"method 'bp' has no local loss, so no option {next(iter(options))!r}; methods "
+                "scpl and early_exit have"
             )
         return Backpropagation()
     loss_options = LossOptions.from_options(chosen)
+    if name == "early_exit":
+        check_options(options or {})
     return Scpl(loss_options, last) if name == "scpl" else EarlyExit(loss_options, last)

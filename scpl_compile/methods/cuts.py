@@ -6,7 +6,13 @@ from itertools import pairwise
 import networkx as nx
 from torch import fx
 
-from scpl_compile.capture import Capture, CutCandidate, cut_candidates, tied_groups
+from scpl_compile.capture import (
+    Capture,
+    CutCandidate,
+    cut_candidates,
+    node_parameters,
+    tied_groups,
+)
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import MethodError, PartitionError
@@ -32,6 +38,10 @@ def cut_problem(
     nodes = capture.compute_nodes
     graph = _graph(capture, costs)
     allowed, reasons, heads, penalties = [], [], [], []
+    metas = {n.name: n.meta.get("tensor") for n in capture.graph.nodes}
+    carries_gradient = {
+        name: meta is not None and meta.requires_grad for name, meta in metas.items()
+    }
     candidates = cut_candidates(capture)
     largest = max((candidate_nbytes(c, capture) for c in candidates), default=0) or 1
     for candidate, (before, after) in zip(candidates, pairwise(nodes), strict=True):
@@ -41,7 +51,7 @@ def cut_problem(
         if candidate.allowed:
             try:
                 view = candidate_view(candidate.crossing, capture, num_classes)
-                num_gradients = len(view.sends)
+                num_gradients = sum(carries_gradient[name] for name in candidate.crossing)
                 head_us = sum(loss_us(loss, device) for loss in method.losses(view))
             except MethodError as error:
                 reason = str(error)
@@ -65,9 +75,15 @@ def cut_problem(
 def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
     graph = nx.DiGraph()
     groups = tied_groups(capture)
+    parameters = node_parameters(capture)
+    trained = {name for name, p in capture.model.named_parameters() if p.requires_grad}
     for node in capture.compute_nodes:
-        group = {"group": groups[node.name]} if node.name in groups else {}
-        graph.add_node(node.name, cost_us=costs[node.name].total_us, **group)
+        graph.add_node(
+            node.name,
+            cost_us=costs[node.name].total_us,
+            group=groups.get(node.name),
+            trainable=not trained.isdisjoint(parameters[node.name]),
+        )
     for node in capture.compute_nodes:
         graph.add_edges_from(
             (source.name, node.name) for source in node.all_input_nodes if source.name in graph

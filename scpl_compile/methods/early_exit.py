@@ -4,13 +4,38 @@ As in DASCPL's `EE` models (paper.md section 2.2): the stages are cut, each has 
 own on its output, and inference gives the logits of all of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from scpl_compile.ir import LocalLoss
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView, last_losses, local_loss
 from scpl_compile.runtime.loss_options import LossOptions
 
-__all__ = ["EarlyExit"]
+__all__ = ["EarlyExit", "check_options"]
+
+
+_OF_CONTRAST = ("contrast", "temperature", "divisor", "out")
+
+
+def check_options(options: Mapping[str, Scalar]) -> None:
+    """Raises MethodError for an option, as the user gave it, that would have no effect."""
+    for name in options:
+        if name in _OF_CONTRAST:
+            raise MethodError(
+                f"method 'early_exit' has no contrastive loss, so no option {name!r}; method scpl "
+                "has"
+            )
+    if options.get("cross_entropy") == 0:
+        raise MethodError(
+            "option cross_entropy is 0, and method 'early_exit' trains on nothing else; method "
+            "scpl can do without it"
+        )
+    if options.get("head", "auto") not in ("auto", "conv"):
+        raise MethodError(
+            f"option head is {options['head']!r}, which method 'early_exit' does not use: its "
+            "classifier reads the pooled output, or that of head conv; see option classifier"
+        )
 
 
 class EarlyExit(Method):

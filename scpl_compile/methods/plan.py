@@ -62,12 +62,14 @@ def last_view(capture: Capture, num_classes: int) -> StageView:
 
 
 def _gradient_values(nodes: Iterable[fx.Node]) -> tuple[Value, ...]:
+    """What a local loss may read; a tensor without a batch dimension only crosses beside others."""
     metas = ((node.name, meta_of(node)) for node in nodes if node.op != "placeholder")
-    return tuple(
+    found = tuple(
         Value(name=name, meta=meta)
         for name, meta in metas
         if meta is not None and meta.requires_grad
     )
+    return tuple(value for value in found if value.meta.batch_dim is not None) or found
 
 
 def build_plan(

@@ -46,8 +46,9 @@ class Partition:
 def partition(problem: PartitionProblem, num_stages: int, *, tolerance: float = 0.03) -> Partition:
     """Cut into `num_stages` stages, the bottleneck at most 1 + `tolerance` times the optimum.
 
-    Within the tolerance the cuts with the least total penalty win, so that a clean place is
-    preferred to a slightly better balance. Every stage has a node that costs something.
+    Within the tolerance the cuts with the least total penalty win, so that a clean place (between
+    blocks, one tensor, few bytes) is preferred to a slightly better balance. Every stage has a
+    node that trains.
 
     Raises PartitionError where the graph cannot give so many stages, with the most it can give.
     """
@@ -62,7 +63,7 @@ def split_at(problem: PartitionProblem, names: Sequence[str]) -> Partition:
     """Cut after each of the named nodes, in whatever order they are named.
 
     Raises PartitionError for a name that is no node, or named twice, and for a cut that the graph
-    does not allow or that leaves a stage without a node that costs something.
+    does not allow or that leaves a stage without a node that trains.
     """
     ruled_out = obstacles(problem)
     cuts = tuple(sorted(_position(problem, name) for name in names))
@@ -73,7 +74,7 @@ def split_at(problem: PartitionProblem, names: Sequence[str]) -> Partition:
         if ruled_out[cut]:
             raise PartitionError(f"cannot cut after {problem.names[cut]!r}: {ruled_out[cut]}")
     for start, end in pairwise((-1, *cuts, len(problem.names) - 1)):
-        if not any(problem.cost_us[start + 1 : end + 1]):
+        if not any(problem.trains[start + 1 : end + 1]):
             raise PartitionError(_idle_stage(problem, start, end))
     folded = fold(problem)
     optimum_us = _solve(problem, folded, len(cuts) + 1, 0.0).optimum_us
@@ -86,13 +87,14 @@ def _solve(
     allowed = [False] * len(problem.allowed)
     for position in folded.candidates:
         allowed[position] = True
-    limit = max_stages(problem.cost_us, allowed)
+    limit = max_stages(problem.trains, allowed)
     if num_stages < 1:
         raise PartitionError(f"asked for {num_stages} stages; ask for --stages 1 or more")
     if num_stages > limit:
         raise PartitionError(_too_many(problem, num_stages, limit))
     return solve_chain(
         problem.cost_us,
+        trains=problem.trains,
         allowed=allowed,
         head_us=problem.head_us,
         tail_us=problem.tail_us,
@@ -146,8 +148,13 @@ def _places_to_cut(problem: PartitionProblem) -> str:
 def _too_many(problem: PartitionProblem, num_stages: int, limit: int) -> str:
     only = {1: "no place", 2: "only 1 place"}.get(limit, f"only {limit - 1} places")
     remedy = "1" if limit == 1 else f"{limit} or fewer"
+    if any(group is not None for _, group in problem.graph.nodes(data="group")):
+        remedy += ", or give what shares a parameter one of its own each"
     reasons = Counter(why for why in obstacles(problem) if why).most_common(3)
     told = "; ".join(f"{count} ruled out: {why}" for why, count in reasons)
+    places = [not why for why in obstacles(problem)]
+    if max_stages([cost > 0 for cost in problem.cost_us], places) > limit:
+        told += f"{'; ' if told else ''}every stage needs a parameter that trains"
     because = f" ({told})" if told else ""
     return (
         f"asked for {num_stages} stages, but the model has {only} to cut{because}; "
@@ -157,9 +164,10 @@ def _too_many(problem: PartitionProblem, num_stages: int, limit: int) -> str:
 
 def _idle_stage(problem: PartitionProblem, start: int, end: int) -> str:
     names = problem.names
+    cut = names[end if start < 0 else start]
     return (
-        f"the stage from {names[start + 1]!r} to {names[end]!r} would have nothing to compute "
-        f"(its nodes cost 0 us); leave out the cut after {names[end if start < 0 else start]!r}"
+        f"the stage from {names[start + 1]!r} to {names[end]!r} would have nothing to train "
+        f"(no parameter in it needs a gradient); leave out the cut after {cut!r}"
     )
 
 

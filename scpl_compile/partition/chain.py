@@ -37,6 +37,7 @@ class ChainSolution:
 def solve_chain(
     costs: Sequence[float],
     *,
+    trains: Sequence[bool],
     allowed: Sequence[bool],
     head_us: Sequence[float],
     tail_us: float,
@@ -44,19 +45,20 @@ def solve_chain(
     penalty: Sequence[float],
     tolerance: float,
 ) -> ChainSolution:
-    """Cut a chain of n nodes into `num_stages` stages, each with a node that costs something.
+    """Cut a chain of n nodes into `num_stages` stages, each with a node that trains.
 
-    costs: n times of 0 or more. allowed, head_us, penalty: n - 1, one per position after a node.
+    costs: n times of 0 or more. trains: n, whether a stage of this node alone could be.
+    allowed, head_us, penalty: n - 1, one per position after a node.
     A stage costs the sum of its nodes and head_us at the position that ends it (the last stage:
     tail_us). Of all partitions whose bottleneck is at most (1 + tolerance) times the optimum, the
     one with the least total penalty is returned, then with the least bottleneck.
 
     Raises PartitionError where `num_stages` is not 1 to `max_stages`.
     """
-    limit = max_stages(costs, allowed)
+    limit = max_stages(trains, allowed)
     if not 1 <= num_stages <= limit:
         raise PartitionError(f"the chain gives {limit} stages at most; asked for {num_stages}")
-    places = _places(costs, allowed, head_us, tail_us, penalty)
+    places = _places(costs, trains, allowed, head_us, tail_us, penalty)
     optimum = _optimum_us(places, num_stages)
     chosen = _least_penalty(places, num_stages, (1 + tolerance) * optimum)
     cuts = tuple(int(places.position[place]) for place in chosen)
@@ -66,17 +68,17 @@ def solve_chain(
     )
 
 
-def max_stages(costs: Sequence[float], allowed: Sequence[bool]) -> int:
-    """The most stages that `allowed` can give if each has a node that costs something.
+def max_stages(trains: Sequence[bool], allowed: Sequence[bool]) -> int:
+    """The most stages that `allowed` can give if each has a node that trains.
 
     Of the positions between two neighbours among such nodes only one can be used: the result is
     1 + the number of pairs of neighbours with an allowed position between them (0 without nodes
-    that cost something).
+    that train).
     """
-    work = np.cumsum(np.asarray(costs) > 0)
-    inner = work[:-1][np.asarray(allowed, dtype=bool)]
-    places = np.unique(inner[(inner > 0) & (inner < work[-1])])
-    return len(places) + int(work[-1] > 0)
+    count = np.cumsum(np.asarray(trains, dtype=bool))
+    inner = count[:-1][np.asarray(allowed, dtype=bool)]
+    places = np.unique(inner[(inner > 0) & (inner < count[-1])])
+    return len(places) + int(count[-1] > 0)
 
 
 def stage_costs(
@@ -96,7 +98,7 @@ class _Places:
 
     position: after which node (-1 for the start). prefix_us: cost of all nodes before the place.
     head_us, penalty: of a stage that ends there. num_starts: how many of the places leave a node
-    that costs something between them and this one; these are the first ones.
+    that trains between them and this one; these are the first ones.
     """
 
     position: NDArray[np.int64]
@@ -112,6 +114,7 @@ def _prefix(costs: Sequence[float]) -> NDArray[np.float64]:
 
 def _places(
     costs: Sequence[float],
+    trains: Sequence[bool],
     allowed: Sequence[bool],
     head_us: Sequence[float],
     tail_us: float,
@@ -119,13 +122,13 @@ def _places(
 ) -> _Places:
     inner = np.flatnonzero(np.asarray(allowed, dtype=bool))
     position = np.concatenate([[-1], inner, [len(costs) - 1]])
-    work = np.concatenate([[0], np.cumsum(np.asarray(costs) > 0)])[position + 1]
+    count = np.concatenate([[0], np.cumsum(np.asarray(trains, dtype=bool))])[position + 1]
     return _Places(
         position=position,
         prefix_us=_prefix(costs)[position + 1],
         head_us=np.concatenate([[0.0], np.asarray(head_us, dtype=np.float64)[inner], [tail_us]]),
         penalty=np.concatenate([[0.0], np.asarray(penalty, dtype=np.float64)[inner], [0.0]]),
-        num_starts=np.searchsorted(work, work),
+        num_starts=np.searchsorted(count, count),
     )
 
 

@@ -8,7 +8,8 @@ dropping positions, and no partition that is better in time or penalty is lost:
 - nodes that cost nothing join a neighbour: positions with only such nodes between them load the
   stages alike, so one that another equals or beats in both head cost and penalty is dropped.
 
-A stage must contain a node that costs something; a stage of reshapes has nothing to train.
+A stage must contain a node that trains: one that costs something and has a parameter that needs a
+gradient. A stage of reshapes or of pooling has nothing to train.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class PartitionProblem:
 
     graph: nodes are names, inserted in execution order, with the attributes `cost_us` (forward and
     backward, microseconds), optionally `group` (str; equal groups share a stage: tied parameters)
-    and `pinned` (bool; runs in the stage of its producers: side effects such as counters).
+    and `pinned` (bool; runs in the stage of its producers: side effects such as counters), and
+    `trainable` (bool, True where absent; has a parameter that needs a gradient).
     allowed: whether a cut may be there at all; reason: where not, why (optional).
     head_us: heads and local losses of a stage that ends there; tail_us: those of the last stage.
     penalty: ugliness and traffic of that cut, in any unit.
@@ -61,6 +63,8 @@ class PartitionProblem:
         _check_time(self.tail_us, "tail_us")
         if not any(self.cost_us):
             raise PartitionError("every node of the graph costs 0 us; there is nothing to balance")
+        if not any(self.trains):
+            raise PartitionError("no node of the graph has a parameter that trains")
         if not all(map(isfinite, self.penalty)):
             raise PartitionError("a penalty is not finite; give large numbers instead")
 
@@ -73,6 +77,14 @@ class PartitionProblem:
     def cost_us(self) -> tuple[float, ...]:
         """Cost of every node in execution order."""
         return tuple(cost for _, cost in self.graph.nodes(data="cost_us"))
+
+    @property
+    def trains(self) -> tuple[bool, ...]:
+        """Whether a stage of this node alone could be, for every node in execution order."""
+        trainable = self.graph.nodes(data="trainable", default=True)
+        return tuple(
+            bool(flag) and cost > 0 for (_, flag), cost in zip(trainable, self.cost_us, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +145,7 @@ def _bonds(problem: PartitionProblem) -> list[tuple[int, int, str]]:
             groups.setdefault(group, []).append(place[name])
     for group, members in groups.items():
         first, last = members[0], members[-1]
-        text = f"{names[first]!r} and {names[last]!r} belong in one stage (group {group!r})"
+        text = f"{names[first]!r} and {names[last]!r} belong in one stage (they share {group})"
         bonds.append((first, last, text))
     for name, pinned in nodes(data="pinned"):
         producers = [place[producer] for producer in problem.graph.predecessors(name)]

@@ -30,6 +30,7 @@ __all__ = [
     "load_stage",
     "load_tensors",
     "read_manifest",
+    "read_metadata",
     "save_stage",
     "save_tensors",
     "step_directory",
@@ -112,6 +113,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         tensors[name] = tensors[original]
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone of such a file.
+
+    Raises:
+        ProgramError: the file is missing, torn, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ProgramError(f"{path} is damaged: {error}") from error
 
 
 def _read_header(path: Path, text: str) -> dict[str, Any]:

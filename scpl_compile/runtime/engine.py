@@ -13,6 +13,7 @@ list of actions and its gates (actions.py), not the code here.
 import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,25 +71,23 @@ class Engine:
         self.stages = tuple(stages)
         self.num_steps = first_step
         self.events: list[Event] = []
-        self._schedule = schedule
-        self._threads_per_stage = threads_per_stage
-        self._record_events = record_events
         self._board = Board(len(self.stages), depth, first_step)
         lists = actions or [
             stage_actions(schedule, k, len(self.stages), first_step=first_step)
             for k in range(len(self.stages))
         ]
-        self._threads = [
-            threading.Thread(target=self._work, args=(step, todo), name=f"stage-{step.index}")
-            for step, todo in zip(self.stages, lists, strict=True)
-        ]
         for stage in self.stages:
             stage.lane.follow()  # the caller made the stages, or loaded them, on its own stream
-        for thread in self._threads:
-            thread.daemon = True
-            thread.start()
-        # A program that ends without close(): a thread inside torch at that moment aborts it.
-        atexit.register(self.close)
+        self._workers = _Workers(
+            self.stages,
+            lists,
+            self._board,
+            schedule=schedule,
+            threads_per_stage=threads_per_stage,
+            events=self.events if record_events else None,
+        )
+        # Nobody closes an engine that nobody holds. Without a join: this may run in any thread.
+        weakref.finalize(self, self._board.close).atexit = False
 
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
         """Give the batch of the next step to stage 0; waits while its inbox is full.
@@ -131,17 +130,55 @@ class Engine:
 
     def close(self) -> None:
         """Stop the workers after the actions at hand; steps that were not drained are lost."""
-        atexit.unregister(self.close)
-        self._board.close()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        self._workers.stop()
         if self._board.failure is None:
             for stage in self.stages:
                 stage.lane.synchronize()
 
     def _telling_failures(self) -> "_TellFailures":
         return _TellFailures(self._board)
+
+
+class _Workers:
+    """The threads. They do not know the engine, so that one which nobody holds can end.
+
+    A program may end without close(): a thread inside torch at that moment would abort it, so the
+    threads are stopped then too.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageStep],
+        actions: Sequence[Iterator[Action]],
+        board: Board,
+        *,
+        schedule: str,
+        threads_per_stage: int,
+        events: list[Event] | None,
+    ) -> None:
+        self._board = board
+        self._num_stages = len(stages)
+        self._schedule = schedule
+        self._threads_per_stage = threads_per_stage
+        self._events = events
+        self._num_running = len(stages)
+        self._lock = threading.Lock()
+        self.threads = [
+            threading.Thread(
+                target=self._work, args=(stage, todo), name=f"stage-{stage.index}", daemon=True
+            )
+            for stage, todo in zip(stages, actions, strict=True)
+        ]
+        atexit.register(self.stop)
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop after the actions at hand."""
+        self._board.close()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _work(self, stage: StageStep, actions: Iterator[Action]) -> None:
         torch.get_num_threads()  # a thread takes the process's number once; ask before it is set
@@ -151,12 +188,20 @@ class Engine:
                 for action in actions:
                     start = time.perf_counter_ns()
                     self._execute(stage, action)
-                    if self._record_events:
-                        self.events.append(Event(action, start, time.perf_counter_ns()))
+                    if self._events is not None:
+                        self._events.append(Event(action, start, time.perf_counter_ns()))
         except Stopped:
             pass
         except BaseException as error:
             self._board.fail(stage.index, error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._num_running -= 1
+            if self._num_running == 0:
+                atexit.unregister(self.stop)
 
     def _execute(self, stage: StageStep, action: Action) -> None:
         board, k, step = self._board, stage.index, action.step
@@ -166,7 +211,7 @@ class Engine:
                 assert message.labels is not None
                 stage.receive(message.step, message.values, message.labels, message.mark)
             case "F":
-                board.pass_gates(gates(self._schedule, action, len(self.stages)))
+                board.pass_gates(gates(self._schedule, action, self._num_stages))
                 stage.forward(step)
             case "SEND":
                 values, labels, mark = stage.outgoing(step)

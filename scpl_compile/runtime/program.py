@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.errors import ProgramError
+from scpl_compile.errors import ProgramError, SourceError
 from scpl_compile.ir import Plan, Scalar, from_json, to_json
 from scpl_compile.runtime.checkpoint import load_tensors, save_tensors
 from scpl_compile.runtime.loading import load_module
@@ -37,6 +37,7 @@ __all__ = [
     "load_stages",
     "load_state",
     "load_weights",
+    "missing_module",
     "read_plan",
     "read_verification",
     "save_weights",
@@ -151,7 +152,8 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
     """Fill `model` with the tensors that `save_weights` wrote.
 
     Raises:
-        ProgramError: the file is missing or damaged, or the model has other names or shapes.
+        ProgramError: the file is missing or damaged, or the model has other names, shapes or
+            dtypes.
     """
     if not path.is_file():
         raise ProgramError(f"{path} is missing; {_REMEDY}")
@@ -164,7 +166,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
 
 
 def _fitting_tensors(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in `path`, which must have the names and shapes of `own`."""
+    """The tensors in `path`, which must have the names, shapes and dtypes of `own`."""
     stored, _ = load_tensors(path)
     if odd := sorted(own.keys() ^ stored.keys()):
         where = "the file" if odd[0] in stored else "the model"
@@ -173,17 +175,40 @@ def _fitting_tensors(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]
             "changed?"
         )
     for name, value in stored.items():
-        if own[name].shape != value.shape:
+        if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
             raise ProgramError(
-                f"{path} does not fit the model: {name!r} is {tuple(value.shape)}, in the model it "
-                f"is {tuple(own[name].shape)}"
+                f"{path} does not fit the model: {name!r} is {_kind(value)}, in the model it is "
+                f"{_kind(own[name])}"
             )
     return stored
 
 
+def _kind(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
 def load_stages(directory: Path, plan: Plan) -> ModuleType:
-    """The module stages.py of `directory`, under a name of its own per digest."""
-    return load_module(directory / "stages.py", f"scpl_program_{plan.digest[:16]}")
+    """The module stages.py of `directory`, under a name of its own per digest.
+
+    Raises:
+        ProgramError: it imports a module that is not there, as that of the model.
+        SourceError: it fails while it is imported.
+    """
+    path = directory / "stages.py"
+    try:
+        return load_module(path, f"scpl_program_{plan.digest[:16]}")
+    except SourceError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise ProgramError(f"{path}: {missing_module(error.__cause__)}") from error.__cause__
+        raise
+
+
+def missing_module(error: ModuleNotFoundError) -> str:
+    """What to do about a module that is not there."""
+    return (
+        f"there is no module {error.name!r}; install it, or put its folder on PYTHONPATH, as when "
+        "the program was compiled"
+    )
 
 
 def assemble(

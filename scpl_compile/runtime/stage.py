@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError
 
-__all__ = ["Part", "StopGradient", "as_tuple", "cut", "evaluating", "take"]
+__all__ = ["Part", "StopGradient", "as_tuple", "cut", "evaluating", "start_training", "take"]
 
 
 class Part(nn.Module):
@@ -98,6 +98,15 @@ class StopGradient(nn.Module):
 def as_tuple(values: Tensor | tuple[Tensor, ...] | Iterable[Tensor]) -> tuple[Tensor, ...]:
     """A stage's forward gives one tensor or a tuple of them; here it is always a tuple."""
     return (values,) if isinstance(values, Tensor) else tuple(values)
+
+
+def start_training(model: nn.Module) -> None:
+    """Put `model` into training mode as a training loop does: by its own train().
+
+    A model in training mode with modules in eval mode stays as it is: somebody holds them there.
+    """
+    if not model.training or all(module.training for module in model.modules()):
+        model.train()
 
 
 @contextmanager

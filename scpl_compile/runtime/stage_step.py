@@ -1,5 +1,6 @@
 """One stage's share of a step: forward, backward, update. Every engine runs exactly this."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from scpl_compile.runtime.lane import Lane, Mark
 from scpl_compile.runtime.randomness import StageRandom
 from scpl_compile.runtime.stage import as_tuple
 
-__all__ = ["StageStep"]
+__all__ = ["KEPT_LOSSES", "StageStep"]
+
+KEPT_LOSSES = 10_000
+"""Steps of which a stage keeps the losses until they are taken; older ones are forgotten."""
 
 
 @dataclass(slots=True)
@@ -66,7 +70,7 @@ class StageStep:
         self.draws = draws
         self.recomputes = recomputes
         self._in_flight: dict[int, _InFlight] = {}
-        self._finished: list[tuple[int, dict[str, Tensor]]] = []
+        self._finished: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=KEPT_LOSSES)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=lane.device)
 
     def receive(self, step: int, values: Mapping[str, Tensor], labels: Tensor, mark: Mark) -> None:
@@ -146,11 +150,12 @@ class StageStep:
     def take_losses(self) -> list[tuple[int, dict[str, float]]]:
         """(step, losses) of the steps finished since the last call. Waits for the device.
 
+        Of the last KEPT_LOSSES of them; that a loss of an older one was not finite is told still.
+
         Raises:
             TrainingError: a loss is not finite; names this stage and the first such step.
         """
-        count = len(self._finished)
-        finished, self._finished[:count] = self._finished[:count], []
+        finished = [self._finished.popleft() for _ in range(len(self._finished))]
         with self.lane.scope():
             scalars = [loss.float().reshape(()) for _, row in finished for loss in row.values()]
             numbers: Iterable[float] = torch.stack(scalars).tolist() if scalars else ()

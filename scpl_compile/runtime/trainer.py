@@ -1,34 +1,37 @@
 """The trainer: what `build_trainer` gives and a training loop calls."""
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scpl_compile.actions import Action
-from scpl_compile.errors import DataError, MethodError, ProgramError, TrainingError
+from scpl_compile.errors import DataError, MethodError, ProgramError
 from scpl_compile.ir import Plan, Scalar
 from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime.engine import Engine, Event, StageState
+from scpl_compile.runtime.batch import (
+    Inputs,
+    check_labels,
+    check_outside,
+    check_trainable,
+    named_inputs,
+)
+from scpl_compile.runtime.engine import Engine, Event
+from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.optim import learning_rate, make_optimizer
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
-from scpl_compile.runtime.stage import as_tuple, evaluating
+from scpl_compile.runtime.saver import Saver
+from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules"]
 
 StageClass = Callable[[nn.Module], nn.Module]
 """An emitted stage class: made from the model whose modules it takes."""
-
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 _HEADS, _STAGE = 1, 2  # what a seed is spread for: the heads' first weights, a stage's own stream
 
@@ -38,26 +41,13 @@ def allowed_schedules(plan: Plan) -> tuple[str, ...]:
     return ("bp",) if plan.schedule == "bp" else ("stream", "in_step", "sequential")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """accuracy and mean cross entropy of every exit (the last one is the model's own output)."""
-
-    num_samples: int
-    accuracies: tuple[float, ...]
-    losses: tuple[float, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of samples whose label the last exit finds."""
-        return self.accuracies[-1]
-
-
 class Trainer:
     """Trains the stages of a plan.
 
     Args:
         plan: what was compiled.
-        model: whose modules the stages take; it is trained in place.
+        model: whose modules the stages take; it is trained in place. It is put into training mode
+            as a training loop does; if it is in it, modules that are held in eval mode stay so.
         stages: the emitted stage classes.
         devices: at most one per stage ("cpu", "cuda:0", …); default: the plan's placement.
         optimizer, lr, optimizer_options: of every stage, by name in torch.optim.
@@ -107,30 +97,26 @@ class Trainer:
         draws = set(everyone if random_stages is None else random_stages)
         recomputes = set(everyone if recompute_stages is None else recompute_stages)
         rate = learning_rate(lr, lr_schedule, total_steps)
-        steps = []
-        for k, make in enumerate(stages):
-            with seeded(spread_seed(seed, _HEADS, k)):
-                module = make(model)
-            lane = Lane(self.devices[k])
-            module.to(lane.device).train()
-            steps.append(
-                StageStep(
-                    k,
-                    module,
-                    inputs=plan.stages[k].inputs,
-                    sends=_sends(plan, k),
-                    lane=lane,
-                    optimizer=make_optimizer(
-                        optimizer, module.parameters(), lr, optimizer_options or {}
-                    ),
-                    learning_rate=rate,
-                    random=StageRandom(spread_seed(seed, _STAGE, k), lane.device),
-                    detach=self.schedule != "bp",
-                    draws=k in draws,
-                    recomputes=k in recomputes,
-                )
+        start_training(model)
+        lanes = [Lane(device) for device in self.devices]
+        modules = [self._take(k, make, lanes[k]) for k, make in enumerate(stages)]
+        chosen = optimizer_options or {}
+        self._stages = tuple(
+            StageStep(
+                k,
+                module,
+                inputs=plan.stages[k].inputs,
+                sends=_sends(plan, k),
+                lane=lanes[k],
+                optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen),
+                learning_rate=rate,
+                random=StageRandom(spread_seed(seed, _STAGE, k), lanes[k].device),
+                detach=self.schedule != "bp",
+                draws=k in draws,
+                recomputes=k in recomputes,
             )
-        self._stages = tuple(steps)
+            for k, module in enumerate(modules)
+        )
         self._engine_options: dict[str, Any] = {
             "schedule": self.schedule,
             "threads_per_stage": self.threads_per_stage,
@@ -138,9 +124,13 @@ class Trainer:
             "record_events": record_events,
         }
         self._engine = Engine(self._stages, **self._engine_options, actions=actions)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._written: Future[None] | None = None
+        self._saver = Saver(self._stages)
         self._has_warned = False
+
+    def _take(self, stage: int, make: StageClass, lane: Lane) -> nn.Module:
+        """The stage's module, with heads that depend on the seed alone, on its device."""
+        with seeded(spread_seed(self.seed, _HEADS, stage)):
+            return make(self.model).to(lane.device)
 
     def _check_schedule(self, schedule: str) -> str:
         allowed = allowed_schedules(self.plan)
@@ -173,54 +163,22 @@ class Trainer:
         labels: int64 (B,), or (B,) for inputs of n·B samples (n views, view-major).
 
         Raises:
-            DataError: labels out of range, of another dtype or number.
+            DataError: inputs of other names, dtypes, or numbers of dimensions; labels out of
+                range, of another dtype or number.
+            MethodError: called inside torch.autocast.
             TrainingError: a stage has failed.
         """
-        values = self._named(inputs)
-        self._check_labels(labels, next(iter(values.values())).shape[0])
-        self._engine.submit(values, labels)
-
-    def _named(self, inputs: Inputs) -> dict[str, Tensor]:
-        names = [spec.name for spec in self.plan.inputs]
-        if isinstance(inputs, Mapping):
-            values = dict(inputs)
-        else:
-            tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-            if len(tensors) != len(names):
-                raise DataError(f"the model takes {len(names)} inputs, not {len(tensors)}")
-            values = dict(zip(names, tensors, strict=True))
-        if values.keys() != set(names):
-            raise DataError(f"the model takes the inputs {names}, not {sorted(values)}")
-        for spec in self.plan.inputs:
-            shape = tuple(values[spec.name].shape[1:])
-            if values[spec.name].ndim != 1 + len(spec.shape):
-                raise DataError(
-                    f"input {spec.name!r} has the shape (batch, {', '.join(map(str, shape))}); "
-                    f"the program was compiled for (batch, {', '.join(map(str, spec.shape))})"
-                )
-        return values
-
-    def _check_labels(self, labels: Tensor, num_samples: int) -> None:
-        """On the host and before the copy: later it would be a device-side assert."""
-        if not isinstance(labels, Tensor):
-            raise DataError(f"labels must be an int64 tensor (B,), not {type(labels).__name__}")
-        if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise DataError(f"labels must be int64 (B,), not {labels.dtype} {tuple(labels.shape)}")
-        if not labels.numel() or not num_samples or num_samples % labels.numel():
-            raise DataError(f"{num_samples} samples have {labels.numel()} labels")
-        low, high = (int(bound) for bound in torch.aminmax(labels))
+        check_outside(self.devices)
+        values = named_inputs(self.plan.inputs, inputs)
+        low, high = check_labels(labels, _batch_size(values), self.plan.num_classes)
+        check_trainable({**values, "labels": labels})
         if low == high and labels.numel() > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"all labels of a batch are {low}; one class teaches a contrastive loss nothing",
-                stacklevel=3,
+                stacklevel=2,
             )
-        if low < 0 or high >= self.plan.num_classes:
-            bad = low if low < 0 else high
-            raise DataError(
-                f"label {bad} is out of range for {self.plan.num_classes} classes; "
-                "compile with a larger --num-classes, or mend the labels"
-            )
+        self._engine.submit(values, labels)
 
     def take_losses(self) -> list[list[tuple[int, dict[str, float]]]]:
         """For every stage (step, losses by name) of what it has finished since the last call.
@@ -244,13 +202,20 @@ class Trainer:
 
     # ------------------------------------------------------------------ inference and state
 
-    @torch.no_grad()
     def predict(self, inputs: Inputs) -> list[Tensor]:
-        """The logits of every exit, by the plan's inference steps, in eval mode."""
+        """The logits of every exit, by the plan's inference steps, in eval mode.
+
+        Raises:
+            DataError: inputs of other names, dtypes, or numbers of dimensions.
+        """
+        return self._predict(named_inputs(self.plan.inputs, inputs))
+
+    @torch.no_grad()
+    def _predict(self, values: dict[str, Tensor]) -> list[Tensor]:
         self.drain()
         try:
             with evaluating([stage.module for stage in self._stages]):
-                return self._infer(self._named(inputs))
+                return self._infer(values)
         finally:
             for stage in self._stages:
                 stage.lane.follow()  # the next update comes after what was launched here
@@ -272,27 +237,20 @@ class Trainer:
         return exits
 
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
-        """Accuracy and cross entropy over `batches`, each with .inputs and .labels, or a pair."""
-        correct: list[float] = []
-        losses: list[float] = []
-        num_samples = 0
+        """Accuracy and cross entropy over `batches`, each with .inputs and .labels, or a pair.
+
+        Raises:
+            DataError: there is no sample; inputs or labels that do not fit, as in `step`.
+        """
+        tally = Tally()
         for batch in batches:
             inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
-            exits = self.predict(inputs)
-            correct = correct or [0.0] * len(exits)
-            losses = losses or [0.0] * len(exits)
-            for i, logits in enumerate(exits):
-                target = labels.to(logits.device)
-                correct[i] += float((logits.argmax(-1) == target).sum())
-                losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
-            num_samples += len(labels)
-        if num_samples == 0:
-            raise DataError("there is no sample to evaluate on")
-        return Evaluation(
-            num_samples=num_samples,
-            accuracies=tuple(c / num_samples for c in correct),
-            losses=tuple(value / num_samples for value in losses),
-        )
+            values = named_inputs(self.plan.inputs, inputs)
+            check_labels(labels, _batch_size(values), self.plan.num_classes)
+            if len(labels) != _batch_size(values):
+                raise DataError(f"{_batch_size(values)} samples have {len(labels)} labels")
+            tally.add(self._predict(values), labels)
+        return tally.result()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained model under its original names; loads into the original model. Drains.
@@ -310,36 +268,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self, run: Path, facts: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        run: Path,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        before_complete: Callable[[], None] | None = None,
+    ) -> None:
         """Checkpoint after the last submitted step, without draining, written in the background.
+
+        facts: for the manifest. before_complete: called in the background when every stage has
+        finished that step, and before the checkpoint counts as complete.
 
         Raises:
             TrainingError: the checkpoint before this one could not be written.
         """
-        self._join_writer()
-        directory = checkpoint.step_directory(run, self.num_steps)
         known = {**(facts or {}), "step": self.num_steps, "plan": self.plan.digest}
-        states: dict[int, StageState] = {}
-        lock = threading.Lock()  # two stages may deliver at the same moment
-        written = self._written = Future()
-
-        def write() -> None:
-            try:
-                for stage, (tensors, values) in states.items():
-                    self._stages[stage].check_finite(tensors)
-                    checkpoint.save_stage(directory, stage, tensors, values)
-                checkpoint.complete(directory, known, self.plan.num_stages)
-                written.set_result(None)
-            except BaseException as error:
-                written.set_exception(error)
-
-        def deliver(stage: int, state: StageState) -> None:
-            with lock:
-                states[stage] = state
-                if len(states) == self.plan.num_stages:
-                    self._writer.submit(write)
-
-        self._engine.snapshot(deliver)
+        self._saver.save(self._engine, run, known, before_complete)
 
     def wait_saved(self) -> None:
         """Wait until the last checkpoint is complete.
@@ -347,20 +292,9 @@ class Trainer:
         Raises:
             TrainingError: it could not be written.
         """
-        if self._written is not None:
+        if self._saver.is_pending:
             self.drain()
-            self._join_writer()
-
-    def _join_writer(self) -> None:
-        written, self._written = self._written, None
-        if written is None:
-            return
-        while not wait([written], timeout=0.2).done:
-            self._engine.check()  # a stage that failed delivers no state
-        try:
-            written.result()
-        except OSError as error:
-            raise TrainingError(f"the checkpoint could not be written: {error}") from error
+            self._saver.join(self._engine)
 
     def load(self, directory: Path) -> None:
         """Go on from the checkpoint in `directory`.
@@ -383,15 +317,22 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stop the workers. Submitted steps that are not finished are lost; drain() first."""
+        """Stop the workers. Submitted steps that are not finished are lost; drain() first.
+
+        Warns where the last checkpoint could not be written and wait_saved() was not called.
+        """
         self._engine.close()
-        self._writer.shutdown()
+        self._saver.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _batch_size(values: Mapping[str, Tensor]) -> int:
+    return next(iter(values.values())).shape[0]
 
 
 def _sends(plan: Plan, stage: int) -> tuple[str, ...]:

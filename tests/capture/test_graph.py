@@ -193,8 +193,8 @@ def test_tied_parameters_form_a_group() -> None:
     captured = capture(Tied(), (ids(5, 20),))
     groups = tied_groups(captured)
     assert groups == {
-        "table": "table.weight",
-        "head": "table.weight",
+        "table": "table.weight = head.weight",
+        "head": "table.weight = head.weight",
         "twice": "twice.weight",
         "twice_1": "twice.weight",
         "matmul": "alone.weight",
@@ -247,3 +247,27 @@ def test_many_nodes_are_swept_fast() -> None:
     assert sum(c.allowed for c in cut_candidates(captured)) == 499
     tied_groups(captured)
     assert time.perf_counter() - start < 0.5
+
+
+class _SharedBias(nn.Module):
+    """A position bias that is made once and added by every layer, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.table(torch.arange(5))
+        for layer in self.layers:
+            x = torch.relu(layer(x) + bias)
+        return self.head(x.mean(1))
+
+
+def test_a_gradient_without_a_batch_crosses_beside_one_that_depends_on_it() -> None:
+    found = capture(_SharedBias(), (floats(5, 6),))
+    by_after = {candidate.after: candidate for candidate in cut_candidates(found)}
+    assert "no batch dimension" in by_after["table"].reason
+    after_first = next(c for name, c in by_after.items() if name.startswith("relu"))
+    assert after_first.allowed and set(after_first.crossing) == {"table", after_first.after}

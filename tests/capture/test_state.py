@@ -1,5 +1,6 @@
 """What capture may change in a model is noticed and put back."""
 
+import copy
 import random
 
 import numpy as np
@@ -18,12 +19,20 @@ class Model(nn.Module):
         self.number = 1
         self.items = [1, 2]
         self.names = {"a": 1}
+        self.generator = torch.Generator()
+        self.python = random.Random(1)
+        self.numpy = np.random.default_rng(1)
+        self.numpy_legacy = np.random.RandomState(1)
 
 
 CHANGES = {
     "number": lambda m: setattr(m, "number", 2),
     "items": lambda m: m.items.append(3),
     "names": lambda m: m.names.update(a=2),
+    "generator": lambda m: torch.rand(1, generator=m.generator),
+    "python": lambda m: m.python.random(),
+    "numpy": lambda m: m.numpy.random(),
+    "numpy_legacy": lambda m: m.numpy_legacy.rand(),
     "new": lambda m: setattr(m, "new", 1),
     "training": lambda m: m.inner.eval(),
     "inner": lambda m: setattr(m, "inner", nn.Identity()),
@@ -42,11 +51,15 @@ def test_a_change_is_named_and_undone(name: str) -> None:
     values = {key: value.clone() for key, value in model.state_dict().items()}
     state = ModelState.of(model)
     assert state.changed() == ""
+    sources = [vars(model)[key] for key in ("python", "numpy", "numpy_legacy")]
+    copies = copy.deepcopy(sources)
     CHANGES[name](model)
     assert state.changed().split(".")[-1] == name
     state.restore()
     assert state.changed() == ""
     assert [dict(module.__dict__) for module in model.modules()] == before
+    draws = [[source.random() for source in group] for group in (sources, copies)]
+    assert draws[0] == draws[1]
     assert model.number == 1 and model.items == [1, 2] and model.names == {"a": 1}
     for key, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), values[key].nan_to_num(7.0))

@@ -1,6 +1,7 @@
 """Constructs that leave no node are noticed whatever name they are called by."""
 
 import cProfile
+import logging
 import sys
 
 import pytest
@@ -40,6 +41,8 @@ CONSTRUCTS = {
     "saved_tensors_hooks": lambda: enter(torch.autograd.graph.save_on_cpu()),
     "sdpa_kernel": lambda: enter(sdpa_kernel(SDPBackend.MATH)),
     "fork_rng": lambda: enter(torch.random.fork_rng()),
+    "logs": lambda: logging.getLogger("a model").error("a message"),
+    "prints": lambda: print("a line"),
 }
 
 
@@ -57,6 +60,7 @@ def test_ordinary_code_is_not_reported() -> None:
     with watched(found.append):
         layer(torch.ones(1, 2)).sum().backward()
         torch.nn.functional.dropout(torch.ones(2), 0.5)
+        logging.getLogger("a model").debug("below the level")
     assert found == []
 
 

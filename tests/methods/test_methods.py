@@ -30,6 +30,15 @@ def test_every_method_is_made_by_its_name() -> None:
         ({"name": "scpl", "options": {"temprature": 1.0}}, "did you mean temperature"),
         ({"name": "scpl", "options": {"temperature": -1.0}}, "temperature is -1.0"),
         ({"name": "bp", "options": {"hidden": 3}}, "'bp' has no local loss, so no option 'hidden'"),
+        (
+            {"name": "early_exit", "options": {"contrast": 0.3}},
+            "'early_exit' has no contrastive loss, so no option 'contrast'; method scpl has",
+        ),
+        ({"name": "early_exit", "options": {"temperature": 0.3}}, "no option 'temperature'"),
+        ({"name": "early_exit", "options": {"divisor": "khosla"}}, "no option 'divisor'"),
+        ({"name": "early_exit", "options": {"out": 9}}, "no option 'out'"),
+        ({"name": "early_exit", "options": {"head": "mlp"}}, "head is 'mlp', which .* classifier"),
+        ({"name": "early_exit", "options": {"cross_entropy": 0.0}}, "trains on nothing else"),
     ],
 )
 def test_what_does_not_exist_is_named(arguments: dict[str, object], message: str) -> None:
@@ -42,6 +51,13 @@ def test_options_override_a_preset() -> None:
     options = method.losses(FIRST)[0].options
     assert (options["hidden"], options["out"]) == (9, 1024)
     assert len(method.losses(LAST)) == 1
+
+
+def test_early_exit_takes_the_options_of_its_classifier_and_of_a_convolution() -> None:
+    options = {"classifier": "mlp", "hidden": 9, "head": "conv", "cross_entropy": 0.3}
+    method = make_method("early_exit", options=options)
+    found = method.losses(FIRST)[0].options
+    assert {name: found[name] for name in options} == options
 
 
 def test_bp_takes_no_notice_of_a_preset() -> None:

@@ -19,10 +19,17 @@ class Chain:
     head_us: list[float]
     tail_us: float
     penalty: list[float]
+    free: frozenset[int] = frozenset()
+    """Nodes that do not train, beside those that cost nothing."""
+
+    @property
+    def trains(self) -> list[bool]:
+        return [cost > 0 and i not in self.free for i, cost in enumerate(self.costs)]
 
     def solve(self, num_stages: int, tolerance: float = 0.0) -> ChainSolution:
         return solve_chain(
             self.costs,
+            trains=self.trains,
             allowed=self.allowed,
             head_us=self.head_us,
             tail_us=self.tail_us,
@@ -39,7 +46,7 @@ class Chain:
             bounds = [0, *(cut + 1 for cut in cuts), len(self.costs)]
             loads = [sum(self.costs[start:end]) for start, end in pairwise(bounds)]
             heads = [*(self.head_us[cut] for cut in cuts), self.tail_us]
-            if min(loads) > 0:
+            if all(any(self.trains[start:end]) for start, end in pairwise(bounds)):
                 bottleneck = max(load + head for load, head in zip(loads, heads, strict=True))
                 found[cuts] = (sum(self.penalty[cut] for cut in cuts), bottleneck)
         return found
@@ -61,6 +68,7 @@ def chains(draw: st.DrawFn, number: st.SearchStrategy[float] | None = None) -> C
         head_us=draw(st.lists(number, **per_place)),
         tail_us=draw(number),
         penalty=draw(st.lists(number, **per_place)),
+        free=frozenset(draw(st.sets(st.integers(0, size - 1)))),
     )
 
 
@@ -85,6 +93,15 @@ def test_within_the_tolerance_the_cleaner_cut_wins():
     assert (cleaner.cuts, cleaner.bottleneck_us, cleaner.optimum_us) == ((0,), 12.0, 11.0)
 
 
+def test_every_stage_has_a_node_that_trains():
+    costs, free = [3.0, 3.0, 3.0, 3.0], [0.0] * 3
+    assert Chain(costs, [True] * 3, free, 0.0, free).solve(4).bottleneck_us == 3.0
+    pooled = Chain(costs, [True] * 3, free, 0.0, free, free=frozenset({2}))
+    assert pooled.solve(3).stage_us in {(3.0, 6.0, 3.0), (3.0, 3.0, 6.0)}
+    with pytest.raises(PartitionError, match="gives 3 stages at most; asked for 4"):
+        pooled.solve(4)
+
+
 @settings(deadline=None, max_examples=300)
 @given(chains(), st.sampled_from([0.0, 0.03, 0.25, 1.0]))
 def test_equals_brute_force_for_every_number_of_stages(chain: Chain, tolerance: float):
@@ -105,7 +122,7 @@ def test_equals_brute_force_for_every_number_of_stages(chain: Chain, tolerance: 
 @settings(deadline=None, max_examples=100)
 @given(chains(st.floats(1e-3, 1e6)), st.floats(0.0, 0.5))
 def test_equals_brute_force_on_real_numbers_up_to_rounding(chain: Chain, tolerance: float):
-    for num_stages in range(1, max_stages(chain.costs, chain.allowed) + 1):
+    for num_stages in range(1, max_stages(chain.trains, chain.allowed) + 1):
         every = chain.every_partition(num_stages)
         optimum = min(bottleneck for _, bottleneck in every.values())
         solution = chain.solve(num_stages, tolerance)
@@ -122,7 +139,7 @@ def test_equals_brute_force_on_real_numbers_up_to_rounding(chain: Chain, toleran
 def test_max_stages_is_the_most_that_brute_force_finds(chain: Chain):
     sizes = range(1, len(chain.costs) + 1)
     possible = [num_stages for num_stages in sizes if chain.every_partition(num_stages)]
-    assert max_stages(chain.costs, chain.allowed) == max(possible, default=0)
+    assert max_stages(chain.trains, chain.allowed) == max(possible, default=0)
 
 
 @pytest.mark.parametrize("num_stages", [-1, 0, 4])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import networkx as nx
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scpl_compile.errors import PartitionError
@@ -68,7 +68,7 @@ def test_a_group_joins_everything_between_its_ends():
     problem.graph.nodes["b"]["group"] = problem.graph.nodes["d"]["group"] = "tied"
     assert glued(problem) == ["a", "bcd", "e"]
     assert fold(problem).cost_us == (1.0, 9.0, 5.0)
-    why = "'b' and 'd' belong in one stage (group 'tied')"
+    why = "'b' and 'd' belong in one stage (they share tied)"
     assert obstacles(problem) == ("", why, why, "")
 
 
@@ -114,6 +114,8 @@ def problems(draw: st.DrawFn) -> PartitionProblem:
     for attributes in problem.graph.nodes.values():
         attributes["group"] = draw(st.sampled_from([None] * 6 + ["p", "q"]))
         attributes["pinned"] = draw(st.sampled_from([False] * 6 + [True]))
+        attributes["trainable"] = draw(st.sampled_from([True, True, False]))
+    assume(any(problem.trains))
     return problem
 
 
@@ -125,12 +127,13 @@ def test_folding_loses_neither_time_nor_penalty_nor_stages(
     unfolded = [not why for why in obstacles(problem)]
     kept = fold(problem).candidates
     folded = [position in kept for position in range(len(unfolded))]
-    limit = max_stages(problem.cost_us, unfolded)
-    assert max_stages(problem.cost_us, folded) == limit
+    limit = max_stages(problem.trains, unfolded)
+    assert max_stages(problem.trains, folded) == limit
     for num_stages in range(1, limit + 1):
         before, after = (
             solve_chain(
                 problem.cost_us,
+                trains=problem.trains,
                 allowed=allowed,
                 head_us=problem.head_us,
                 tail_us=problem.tail_us,

@@ -1,10 +1,11 @@
 """The partitioner against every possible partition of small graphs, and what it tells the user."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import networkx as nx
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scpl_compile.errors import PartitionError
@@ -86,9 +87,11 @@ def problems(draw: st.DrawFn) -> PartitionProblem:
     for index, cost in enumerate(costs):
         group = draw(st.sampled_from([None] * 6 + ["p", "q"]))
         pinned = draw(st.sampled_from([False] * 6 + [True]))
-        graph.add_node(f"n{index}", cost_us=cost, group=group, pinned=pinned)
+        trainable = draw(st.sampled_from([True, True, False]))
+        graph.add_node(f"n{index}", cost_us=cost, group=group, pinned=pinned, trainable=trainable)
         for producer in draw(st.sets(st.integers(0, index - 1), max_size=2)) if index else ():
             graph.add_edge(f"n{producer}", f"n{index}")
+    assume(any(facts["cost_us"] > 0 and facts["trainable"] for _, facts in graph.nodes(data=True)))
     per_place = {"min_size": len(costs) - 1, "max_size": len(costs) - 1}
     return PartitionProblem(
         graph=graph,
@@ -107,8 +110,11 @@ def keeps_the_rules(problem: PartitionProblem, stages: list[tuple[str, ...]]) ->
         if nodes[name]["pinned"]:
             producers = problem.graph.predecessors(name)
             homes.append({stage_of[name], *(stage_of[producer] for producer in producers)})
-    working = all(sum(nodes[name]["cost_us"] for name in names) > 0 for names in stages)
-    return working and all(len(home) <= 1 for home in homes)
+    training = all(
+        any(nodes[name]["cost_us"] > 0 and nodes[name]["trainable"] for name in names)
+        for names in stages
+    )
+    return training and all(len(home) <= 1 for home in homes)
 
 
 def every_partition(
@@ -188,8 +194,9 @@ def test_too_many_stages_names_what_prevents_more():
         partition(problem, 9)
     assert str(raised.value) == (
         "asked for 9 stages, but the model has only 3 places to cut "
-        "(2 ruled out: 'wte' and 'lm_head' belong in one stage (group 'wte.weight'); "
-        "1 ruled out: a tuple crosses there); ask for --stages 4 or fewer"
+        "(2 ruled out: 'wte' and 'lm_head' belong in one stage (they share wte.weight); "
+        "1 ruled out: a tuple crosses there); ask for --stages 4 or fewer, or give what shares a "
+        "parameter one of its own each"
     )
 
 
@@ -250,6 +257,29 @@ def test_split_at_a_place_that_is_ruled_out_tells_why():
     )
     with pytest.raises(PartitionError, match="cannot cut after 'lstm': a tuple crosses there"):
         split_at(problem, ["lstm"])
+
+
+def test_a_pooling_layer_is_no_stage():
+    problem = chain({"conv": 1.0, "avgpool": 9.0, "fc": 2.0})
+    assert partition(problem, 3).cuts == ("conv", "avgpool")
+    problem.graph.nodes["avgpool"]["trainable"] = False
+    assert partition(problem, 2).stages == (("conv", "avgpool"), ("fc",))
+    with pytest.raises(PartitionError) as raised:
+        partition(problem, 3)
+    assert str(raised.value) == (
+        "asked for 3 stages, but the model has only 1 place to cut (every stage needs a parameter "
+        "that trains); ask for --stages 2 or fewer"
+    )
+    with pytest.raises(PartitionError, match="'avgpool' to 'avgpool' .* nothing to train"):
+        split_at(problem, ["conv", "avgpool"])
+
+
+def test_a_graph_that_does_not_train_is_refused():
+    problem = chain({"conv": 1.0, "fc": 1.0})
+    for facts in problem.graph.nodes.values():
+        facts["trainable"] = False
+    with pytest.raises(PartitionError, match="no node of the graph has a parameter that trains"):
+        replace(problem)
 
 
 def test_split_at_refuses_an_idle_first_stage():

@@ -1,6 +1,6 @@
 """Models with hand-written stages and hand-made plans: what an emitted program would contain."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -261,6 +261,40 @@ def stage_steps(
             )
         )
     return steps
+
+
+def step_of(module: nn.Module, **options: Any) -> StageStep:
+    """A single stage that reads x and sends nothing."""
+    given = {
+        "inputs": ("x",), "sends": (), "lane": Lane(CPU), "optimizer": None,
+        "learning_rate": lambda step: 0.1, "random": StageRandom(0, CPU), "detach": True,
+    }  # fmt: skip
+    return StageStep(0, module, **{**given, **options})
+
+
+def run_stage(stage: StageStep, steps: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    for step, (x, labels) in steps.items():
+        stage.receive(step, {stage.inputs[0]: x}, labels, None)
+        stage.forward(step)
+        stage.backward(step)
+        stage.update(step)
+
+
+class LossStage(nn.Module):
+    """Its loss at each call is what it was told."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = iter(values)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, x: Tensor, *, labels: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        return (), {"a": self.weight * next(self.values), "b": self.weight * 2}
+
+
+def module_with_step(module: nn.Module) -> nn.Module:
+    module.training_step = lambda x, *, labels: ((), {})
+    return module
 
 
 class SilentSgd(torch.optim.Optimizer):

@@ -1,10 +1,12 @@
 """The workers: exact in every schedule, side by side in stream, and none outlives a failure."""
 
+import gc
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +191,7 @@ def test_closing_stops_the_workers_where_they_are() -> None:
     submit_steps(engine, 12)
     engine.close()
     engine.close()
-    assert not any(thread.is_alive() for thread in engine._threads)
+    assert not any(thread.is_alive() for thread in engine._workers.threads)
     for call in (lambda: submit_steps(engine, 1), engine.check):
         with pytest.raises(TrainingError, match="the trainer is closed; build a new one"):
             call()
@@ -201,6 +203,21 @@ def test_what_was_drained_before_the_end_counts_as_drained() -> None:
     engine.drain()
 
 
+def test_an_engine_that_nobody_holds_ends() -> None:
+    """In the middle of its work, and without a word to the other threads' owners."""
+    steps = stage_steps(3)
+    engine = Engine(steps, schedule="stream", threads_per_stage=1)
+    submit_steps(engine, 6)
+    threads, stage = engine._workers.threads, weakref.ref(steps[2])
+    del engine, steps
+    gc.collect()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    gc.collect()
+    assert stage() is None
+
+
 @pytest.mark.parametrize(("depth", "threads"), [(0, 1), (2, 0), (2, -1)])
 def test_a_queue_or_threads_of_nothing_are_refused(depth: int, threads: int) -> None:
     before = threading.active_count()
@@ -209,7 +226,8 @@ def test_a_queue_or_threads_of_nothing_are_refused(depth: int, threads: int) -> 
     assert threading.active_count() == before
 
 
-def test_a_program_that_ends_without_closing_ends_cleanly() -> None:
+@pytest.mark.parametrize("end", ["", "del engine, steps"])
+def test_a_program_that_ends_without_closing_ends_cleanly(end: str) -> None:
     """A daemon thread inside torch while python ends would abort the process."""
     program = f"""
         import sys
@@ -227,6 +245,7 @@ def test_a_program_that_ends_without_closing_ends_cleanly() -> None:
         engine = Engine(steps, schedule="stream", threads_per_stage=1)
         for x, labels in batches(3):
             engine.submit({{"x": x}}, labels)
+        {end}
         print("end")
     """
     done = subprocess.run(

@@ -224,7 +224,7 @@ def test_a_workers_exception_reaches_the_caller(
         with pytest.raises(TrainingError, match=message) as other:
             again()
         assert other.value.__cause__ is cause
-    for thread in engine._threads:
+    for thread in engine._workers.threads:
         thread.join(SECONDS)
         assert not thread.is_alive()
     engine.close()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from scpl_compile.errors import ProgramError
+from scpl_compile.errors import ProgramError, SourceError
 from scpl_compile.runtime.program import (
     Verification,
     all_tensors,
@@ -88,8 +88,12 @@ def test_a_state_dict_must_fit_too(tmp_path: Path) -> None:
     save_weights(nn.Linear(3, 2), path)
     model = nn.Linear(3, 2)
     load_state(model, path)
-    with pytest.raises(ProgramError, match=r"'bias' is \(2,\), in the model it is \(4,\)"):
+    with pytest.raises(ProgramError, match=r"'bias' is \(2,\) .*in the model it is \(4,\)"):
         load_state(nn.Linear(3, 4), path)
+    before = model.half().weight.clone()
+    with pytest.raises(ProgramError, match="'bias' is .* float32, in the model it is .* float16"):
+        load_state(model, path)
+    assert torch.equal(model.weight, before)
     path.write_bytes(b"no tensors here")
     with pytest.raises(ProgramError, match=r"final\.safetensors is damaged"):
         load_state(model, path)
@@ -243,3 +247,15 @@ def test_which_stages_draw_is_taken_from_the_verification(program: Path) -> None
         assert [stage.recomputes for stage in trainer._stages] == [True, True]
     with assemble(program, stages.build_model, stages.STAGES, random_stages=(1,)) as trainer:
         assert [stage.draws for stage in trainer._stages] == [False, True]
+
+
+def test_stages_whose_model_has_gone_name_its_module(program: Path) -> None:
+    path = program / "stages.py"
+    text = path.read_text().replace("import torch\n", "import torch\nimport gone_net.models\n", 1)
+    path.write_text(text if "gone_net" in text else text + "\nimport gone_net.models\n")
+    message = r"stages\.py: there is no module 'gone_net'; install it, or put its folder on PYTHONP"
+    with pytest.raises(ProgramError, match=message):
+        load_stages(program, read_plan(program))
+    path.write_text(text.split("import gone_net")[0] + "\nraise ValueError('no')\n")
+    with pytest.raises(SourceError, match="failed with ValueError: no"):
+        load_stages(program, read_plan(program))

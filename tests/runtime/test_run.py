@@ -1,11 +1,9 @@
 """Run: the run directory, what is printed, and that a resumed run is the uninterrupted one."""
 
+import importlib
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from argparse import Namespace
@@ -18,37 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_files import QUICK, final, loss_rows, metrics, same_bits
 from scpl_compile.errors import DataError, ProgramError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Loader
+from scpl_compile.runtime.evaluation import Evaluation
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.run import (
     Run,
-    _rows_before,
     evaluation_facts,
     launch,
     open_loader,
     versions,
 )
-from scpl_compile.runtime.trainer import Evaluation
+from scpl_compile.runtime.run_lock import RunLock
 
 Train = Callable[..., Any]
-
-QUICK = ("--data", "random:64", "--batch-size", "16")  # 4 batches per epoch
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def loss_rows(run: Path) -> dict[tuple[int, int], dict[str, float]]:
-    """The losses by (stage, step); every pair once."""
-    rows = [row for row in metrics(run) if "stage" in row]
-    found = {(row["stage"], row["step"]): row["losses"] for row in rows}
-    assert len(found) == len(rows)
-    return found
-
 
 # ---------------------------------------------------------------------- what a run leaves
 
@@ -68,15 +51,18 @@ def test_a_run_prints_one_object_and_leaves_weights_and_metrics(
     assert ran.json["versions"] == versions()
     run = program / "run"
     assert sorted(p.name for p in run.iterdir()) == [
-        "final.safetensors", "metrics.jsonl", "run.json",
+        "final.safetensors", "metrics.jsonl", "result.json", "run.json",
     ]  # fmt: skip
+    assert json.loads((run / "result.json").read_text()) == ran.json
+    assert not (program / ".run.lock").exists()
     losses = loss_rows(run)
     assert losses.keys() == {(stage, step) for stage in (0, 1) for step in range(8)}
     for stage, terms in enumerate(ran.json["losses"]):  # the mean over the last 10 steps
         for name, mean in terms.items():
             assert mean == pytest.approx(sum(losses[stage, step][name] for step in range(8)) / 8)
     epochs = [row for row in metrics(run) if "epoch" in row]
-    assert [(row["epoch"], row["step"]) for row in epochs] == [(0, 3)]
+    assert [(row["epoch"], row["step"]) for row in epochs] == [(0, 3), (1, 7)]
+    assert all(0 <= row["validation_accuracy"] <= 1 for row in epochs)
     assert "% on the test split after 8 steps" in ran.error and str(run) in ran.error
 
 
@@ -106,17 +92,6 @@ def test_every_schedule_and_placement_gives_the_same_weights(
     assert same_bits(program / "run", program / "other")
 
 
-def final(run: Path) -> dict[str, torch.Tensor]:
-    """The trained weights."""
-    return load_file(run / "final.safetensors")
-
-
-def same_bits(one: Path, other: Path) -> bool:
-    """Whether both runs ended with the same weights and buffers."""
-    left, right = final(one), final(other)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
 def test_another_seed_gives_other_weights(train: Train, program: Path) -> None:
     train(program, *QUICK, "--steps", 3)
     train(program, *QUICK, "--steps", 3, "--run-dir", "other", "--seed", 1)
@@ -138,7 +113,7 @@ def test_the_time_of_a_validation_does_not_count(
     monkeypatch.setattr("scpl_compile.runtime.run.time", clock)
     monkeypatch.setattr(Loader, "evaluation", slow)
     ran = train(program, *QUICK, "--epochs", 3, "--json")
-    assert hours == 3 and ran.json["seconds"] < 1800
+    assert hours == 4 and ran.json["seconds"] < 1800
 
 
 def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
@@ -196,6 +171,44 @@ def test_force_removes_nothing_before_training_can_start(train: Train, program: 
         assert (program / "run" / "final.safetensors").is_file()
 
 
+@pytest.mark.parametrize("how", [(), ("--force",), ("--resume",)])
+def test_a_run_that_another_process_is_at_is_left_alone(
+    how: tuple[str, ...], train: Train, program: Path
+) -> None:
+    options = (*QUICK, "--steps", 2, "--save-every", 1)
+    train(program, *options)
+    before = {p: p.read_bytes() for p in program.rglob("*") if p.is_file()}
+    lock = RunLock(program / "run")
+    ran = train(program, *options, *how)
+    assert ran.code == 1 and ran.stderr.count("\n") == 1
+    assert ran.error.endswith(
+        "run is in use by another process; wait for it, or choose another --run-dir"
+    )
+    assert train(program, *options, "--run-dir", "other").code == 0
+    shutil.rmtree(program / "other")
+    lock.release()
+    after = {p: p.read_bytes() for p in program.rglob("*") if p.is_file()}
+    assert {p for p in after if "__pycache__" not in p.parts} == before.keys()
+    assert all(after[path] == content for path, content in before.items())
+
+
+def test_a_run_holds_its_lock_to_the_end(
+    train: Train, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell, found = Run._tell, []
+
+    def telling(run: Run, result: Any) -> None:
+        with pytest.raises(ProgramError, match="in use by another process"):
+            RunLock(run.directory)
+        found.append(result["steps"])
+        tell(run, result)
+
+    monkeypatch.setattr(Run, "_tell", telling)
+    assert train(program, *QUICK, "--steps", 1).code == 0 and found == [1]
+    assert train(program, *QUICK, "--data", "nope", "--force").code == 1
+    RunLock(program / "run").release()
+
+
 def test_an_empty_directory_is_no_obstacle(train: Train, program: Path) -> None:
     (program / "run").mkdir()
     assert train(program, *QUICK, "--steps", 1).code == 0
@@ -212,7 +225,7 @@ def test_a_full_disk_is_told_and_the_checkpoints_stay(
     def full(path: Path, *rest: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("scpl_compile.runtime.run.checkpoint.save_tensors", full)
+    monkeypatch.setattr("scpl_compile.runtime.checkpoint.save_tensors", full)
     ran = train(program, *QUICK, "--steps", 2)
     assert ran.code == 1
     assert re.search(r"run cannot be written \(.*No space left.*\); make room, or", ran.error)
@@ -232,182 +245,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     assert "error: the checkpoint could not be written: " in ran.error
     assert "Traceback" not in ran.stderr
     assert checkpoint.latest(program / "run") is None
-
-
-# ---------------------------------------------------------------------- resume
-
-LONG = ("--data", "random:90", "--batch-size", 16, "--augment", "basic", "--steps", 15,
-        "--save-every", 4)  # fmt: skip
-"""6 batches per epoch, the last of 10; checkpoints within and at the end of an epoch."""
-
-FATAL = """
-import os, runpy, signal, sys, time
-from pathlib import Path
-from scpl_compile.runtime import Run
-
-directory = Path(sys.argv[0]).parent
-after_step = Run.after_step
-
-def fatal(run, batch):
-    after_step(run, batch)
-    if run.trainer.num_steps == 10:
-        while not (run.directory / "step-00000008" / "manifest.json").is_file():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Run.after_step = fatal
-sys.path.insert(0, str(directory))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_killed_run_that_is_resumed_ends_like_one_that_was_not(
-    train: Train, program: Path, environment: dict[str, str]
-) -> None:
-    train(program, *LONG, "--run-dir", "whole")
-    arguments = [str(program / "train.py"), *map(str, LONG), "--run-dir", "killed"]
-    command = [sys.executable, "-c", f"import sys; del sys.argv[0]\n{FATAL}", *arguments]
-    died = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    run = program / "killed"
-    assert not (run / "final.safetensors").exists()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "sta')  # torn by the kill
-    ran = train(program, *LONG, "--run-dir", "killed", "--resume")
-    assert ran.code == 0
-    assert f"resumed after step 8 from {run / 'step-00000008'}" in ran.stderr
-    assert same_bits(program / "whole", run)
-    whole, resumed = loss_rows(program / "whole"), loss_rows(run)
-    assert {key for key in whole if key[1] >= 8} <= resumed.keys()
-    assert all(whole[key] == losses for key, losses in resumed.items())
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Presses Ctrl-C after a step, once the checkpoints before it are complete."""
-
-    def at(last: int) -> None:
-        after_step = Run.after_step
-
-        def pressing(run: Run, batch: Any) -> None:
-            after_step(run, batch)
-            if run.trainer is not None and run.trainer.num_steps == last:
-                run.trainer.wait_saved()
-                monkeypatch.undo()
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Run, "after_step", pressing)
-
-    return at
-
-
-@pytest.mark.parametrize(("optimizer", "step"), [("sgd", 4), ("adamw", 8), ("adagrad", 12)])
-def test_going_on_from_any_checkpoint_gives_the_same_bits(
-    optimizer: str, step: int, train: Train, program: Path, interrupt: Callable[[int], None]
-) -> None:
-    options = (*LONG, "--optimizer", optimizer, "--augment", "strong")
-    train(program, *options, "--run-dir", "whole")
-    interrupt(step + 2)
-    ran = train(program, *options)
-    assert ran.code == 130 and ran.error.startswith("interrupted; --resume goes on")
-    assert checkpoint.latest(program / "run") == program / "run" / f"step-{step:08d}"
-    ran = train(program, *options, "--resume", "--schedule", "sequential", "--json")
-    assert ran.json["steps"] == 15
-    assert same_bits(program / "whole", program / "run")
-
-
-def test_a_checkpoint_without_manifest_does_not_exist(
-    train: Train, program: Path, interrupt: Callable[[int], None]
-) -> None:
-    train(program, *LONG, "--run-dir", "whole")
-    interrupt(14)
-    train(program, *LONG)
-    (program / "run" / "step-00000012" / "manifest.json").unlink()
-    ran = train(program, *LONG, "--resume")
-    assert "resumed after step 8 " in ran.stderr
-    assert same_bits(program / "whole", program / "run")
-
-
-def test_a_finished_run_that_is_resumed_ends_as_before(train: Train, program: Path) -> None:
-    options = (*QUICK, "--steps", 4, "--save-every", 4)
-    train(program, *options)
-    shutil.copytree(program / "run", program / "before")
-    (program / "run" / "final.safetensors").unlink()
-    ran = train(program, *options, "--resume", "--json")
-    assert ran.json["steps"] == 4
-    assert same_bits(program / "before", program / "run")
-
-
-def damage_stage(run: Path) -> None:
-    """Flip a bit of one stage's state."""
-    path = run / "step-00000004" / "stage-1.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def rewrite(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """An edit of a JSON file of the run."""
-
-    def edit(run: Path) -> None:
-        facts = json.loads((run / name).read_text())
-        change(facts)
-        (run / name).write_text(json.dumps(facts))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("damage", "options", "message"),
-    [
-        (damage_stage, (), r"stage-1\.safetensors is damaged \(sha256\); remove .*step-00000004"),
-        (lambda run: (run / "run.json").write_text("{"), (), r"run\.json is damaged .*--force"),
-        (lambda run: (run / "run.json").write_text("[]"), (), r"run\.json is damaged .*--force"),
-        (lambda run: (run / "run.json").unlink(), (), r"run\.json is damaged .*--force"),
-        (
-            rewrite("run.json", lambda facts: facts.update(plan="0" * 64)),
-            (),
-            r"is a run of another plan \(0{12}, this one is \w{12}\); resume with the program",
-        ),
-        (
-            rewrite("step-00000004/manifest.json", lambda facts: facts.update(plan="0" * 64)),
-            (),
-            r"step-00000004 belongs to another plan",
-        ),
-        (lambda run: None, ("--lr", "0.5"), r"was begun with --lr 0\.001, not 0\.5; resume with"),
-        (lambda run: None, ("--seed", "2"), r"was begun with --seed 0, not 2; resume with"),
-        (lambda run: None, ("--augment", "basic"), r"was begun with --augment none, not basic"),
-        (lambda run: None, ("--threads-per-stage", "3"), r"begun with --threads-per-stage \d, not"),
-    ],
-)
-def test_resume_is_refused_where_it_could_not_be_exact(
-    damage: Callable[[Path], None],
-    options: tuple[str, ...],
-    message: str,
-    train: Train,
-    program: Path,
-) -> None:
-    assert train(program, *QUICK, "--steps", 4, "--save-every", 4).code == 0
-    before = (program / "run" / "final.safetensors").read_bytes()
-    damage(program / "run")
-    ran = train(program, *QUICK, "--steps", 4, "--save-every", 4, "--resume", *options)
-    assert ran.code == 1
-    assert re.search(message, ran.error), ran.error
-    assert (program / "run" / "final.safetensors").read_bytes() == before
-
-
-def test_resume_without_a_checkpoint_says_how_to_get_one(train: Train, program: Path) -> None:
-    for _ in range(2):
-        ran = train(program, *QUICK, "--resume")
-        assert ran.code == 1 and "no complete checkpoint to resume from" in ran.error
-        assert "--save-every" in ran.error
-        train(program, *QUICK, "--steps", 1)
-
-
-def test_rows_of_steps_that_will_be_done_again_are_dropped() -> None:
-    lines = [json.dumps({"step": step, "stage": 0}) + "\n" for step in (0, 1, 2, 3, 1)]
-    assert _rows_before(2, "".join(lines) + '{"step": 1, "st') == lines[0] + lines[1] + lines[4]
-    assert _rows_before(9, "") == ""
 
 
 # ---------------------------------------------------------------------- data
@@ -457,6 +294,19 @@ def test_launch_shows_the_traceback_of_a_worker(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1] == "error: stage 1 failed"
     assert "ZeroDivisionError: in the user's forward" in lines
+
+
+def test_launch_names_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        importlib.import_module("no_such_model.nets")
+
+    with pytest.raises(SystemExit) as end:
+        launch(fails)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: there is no module 'no_such_model'; install it, or put its folder on PYTHONPATH, "
+        "as when the program was compiled\n"
+    )
 
 
 def test_launch_leaves_other_errors_alone() -> None:

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError
-from scpl_compile.runtime.stage import Part, StopGradient, as_tuple, cut, evaluating, take
+from scpl_compile.runtime.stage import (
+    Part,
+    StopGradient,
+    as_tuple,
+    cut,
+    evaluating,
+    start_training,
+    take,
+)
 
 
 class Model(nn.Module):
@@ -169,3 +177,22 @@ def test_evaluating_puts_every_module_back_into_the_mode_it_was_in() -> None:
         assert not any(m.training for stage in (model, other) for m in stage.modules())
         raise KeyError
     assert modes == [module.training for stage in (model, other) for module in stage.modules()]
+
+
+def test_training_starts_as_in_a_training_loop_unless_modules_are_held_in_eval_mode() -> None:
+    calls: list[bool] = []
+
+    class Own(Model):
+        def train(self, mode: bool = True) -> "Own":
+            calls.append(mode)
+            return super().train(mode)
+
+    model = Own()
+    start_training(model)
+    model.eval()
+    start_training(model)
+    assert calls == [True, False, True] and all(m.training for m in model.modules())
+    model.encoder.norm.eval()
+    start_training(model)
+    assert calls == [True, False, True] and not model.encoder.norm.training
+    assert model.training and model.stem.training

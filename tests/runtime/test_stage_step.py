@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,54 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scpl_compile.errors import TrainingError
-from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.optim import make_optimizer, optimizer_names
-from scpl_compile.runtime.randomness import StageRandom, seeded
-from scpl_compile.runtime.stage_step import StageStep
+from scpl_compile.runtime.randomness import seeded
 from stage_nets import (
     BATCH_SIZE,
-    CPU,
     NUM_CLASSES,
     WIDTH,
     BlockStage,
+    LossStage,
     Net,
     batches,
     block_stages,
     build_net,
     differences,
+    module_with_step,
+    run_stage,
     stage_steps,
     state_of,
+    step_of,
 )
-
-
-def step_of(module: nn.Module, **options: Any) -> StageStep:
-    """A single stage that reads x and sends nothing."""
-    given = {
-        "inputs": ("x",), "sends": (), "lane": Lane(CPU), "optimizer": None,
-        "learning_rate": lambda step: 0.1, "random": StageRandom(0, CPU), "detach": True,
-    }  # fmt: skip
-    return StageStep(0, module, **{**given, **options})
-
-
-def run(stage: StageStep, steps: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    for step, (x, labels) in steps.items():
-        stage.receive(step, {stage.inputs[0]: x}, labels, None)
-        stage.forward(step)
-        stage.backward(step)
-        stage.update(step)
-
-
-class LossStage(nn.Module):
-    """Its loss at each call is what it was told."""
-
-    def __init__(self, *values: float) -> None:
-        super().__init__()
-        self.values = iter(values)
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def training_step(self, x: Tensor, *, labels: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        return (), {"a": self.weight * next(self.values), "b": self.weight * 2}
-
 
 # ---------------------------------------------------------------------- F, B, U
 
@@ -74,7 +44,7 @@ def test_a_step_is_what_a_plain_loop_does() -> None:
             F.cross_entropy(model(x), labels).backward()
             optimizer.step()
     with seeded(3):
-        run(stage, data)
+        run_stage(stage, data)
     trained = {**dict(stage.module.named_parameters()), **dict(stage.module.named_buffers())}
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         assert torch.equal(value, trained[name]), name
@@ -84,14 +54,14 @@ def test_the_learning_rate_is_that_of_the_step() -> None:
     module = LossStage(*[1.0] * 3)
     optimizer = make_optimizer("sgd", module.parameters(), 9.0, {})
     stage = step_of(module, optimizer=optimizer, learning_rate=lambda step: 10.0**-step)
-    run(stage, {step: batches(1)[0] for step in (1, 4, 2)})
+    run_stage(stage, {step: batches(1)[0] for step in (1, 4, 2)})
     expected = 1 - 3 * (0.1 + 0.0001 + 0.01)  # the gradient of a + b is 3
     assert float(module.weight.detach()) == pytest.approx(expected)
 
 
 def test_gradients_do_not_stay() -> None:
     stage = stage_steps(1)[0]
-    run(stage, dict(enumerate(batches(2))))
+    run_stage(stage, dict(enumerate(batches(2))))
     assert all(parameter.grad is None for parameter in stage.module.parameters())
 
 
@@ -100,7 +70,7 @@ def test_a_stage_may_train_nothing() -> None:
     module.training_step = lambda x, *, labels: (x + 1, {})
     stage = step_of(module, sends=("y",))
     x, labels = batches(1)[0]
-    run(stage, {0: (x, labels)})
+    run_stage(stage, {0: (x, labels)})
     assert stage.take_losses() == [(0, {})]
     assert stage.state()[0].keys() == {"random.torch", "random.numpy", "random.python"}
 
@@ -109,7 +79,7 @@ def test_a_loss_without_gradient_is_told_and_not_trained_on() -> None:
     module = nn.Module()
     module.training_step = lambda x, *, labels: ((), {"constant": x.sum() * 0 + 7})
     stage = step_of(module)
-    run(stage, {0: batches(1)[0]})
+    run_stage(stage, {0: batches(1)[0]})
     assert stage.take_losses() == [(0, {"constant": 7.0})]
 
 
@@ -132,7 +102,7 @@ def test_what_is_sent_goes_by_the_names_of_the_plan() -> None:
 @pytest.mark.parametrize("action", ["forward", "outgoing", "backward", "input_gradients"])
 def test_a_batch_that_is_not_there_is_named(action: str) -> None:
     stage = stage_steps(1)[0]
-    run(stage, {0: batches(1)[0]})
+    run_stage(stage, {0: batches(1)[0]})
     with pytest.raises(TrainingError, match="stage 0 holds no batch of step 0"):
         getattr(stage, action)(0)
 
@@ -150,7 +120,7 @@ def test_labels_are_repeated_for_every_view_in_the_first_stage_only() -> None:
 
     first, second = stage_steps(2, stages=block_stages(2, stage0=Looks, stage1=Looks))
     x, labels = batches(1, views=3)[0]
-    run(first, {})
+    run_stage(first, {})
     first.receive(0, {"x": x}, labels, None)
     first.forward(0)
     second.receive(0, *first.outgoing(0))
@@ -197,9 +167,9 @@ def test_a_random_stage_draws_from_its_own_stream() -> None:
     before = torch.get_rng_state()
     one, other = stage_steps(1)[0], stage_steps(1)[0]
     data = dict(enumerate(batches(3)))
-    run(one, data)
+    run_stage(one, data)
     torch.rand(5)
-    run(other, data)
+    run_stage(other, data)
     assert differences(state_of([one]), state_of([other])) == []
     torch.set_rng_state(before)
 
@@ -220,57 +190,11 @@ def test_a_backward_that_draws_uses_the_stages_stream_where_told() -> None:
     module.training_step = lambda x, *, labels: ((), {"sum": Draws.apply(module(x).sum())})
     for recomputes in (True, False):
         with seeded(1):
-            run(step_of(module, draws=False, recomputes=recomputes), {0: batches(1)[0]})
+            run_stage(step_of(module, draws=False, recomputes=recomputes), {0: batches(1)[0]})
     with seeded(0):  # the stage's stream in step_of
         own = float(torch.rand(()))
     with seeded(1):
         assert drawn == [own, float(torch.rand(()))]
-
-
-# ---------------------------------------------------------------------- losses
-
-
-def test_losses_are_taken_once_in_the_order_of_steps() -> None:
-    stage = step_of(LossStage(1.0, 4.0, 9.0))
-    data = {step: batches(1)[0] for step in range(3)}
-    run(stage, {0: data[0], 1: data[1]})
-    assert stage.take_losses() == [(0, {"a": 1.0, "b": 2.0}), (1, {"a": 4.0, "b": 2.0})]
-    run(stage, {2: data[2]})
-    assert stage.take_losses() == [(2, {"a": 9.0, "b": 2.0})]
-    assert stage.take_losses() == []
-
-
-def test_losses_of_any_dtype_and_shape_of_one_element() -> None:
-    module = nn.Linear(WIDTH, 1)
-    module.training_step = lambda x, *, labels: (
-        (),
-        {"half": module(x).sum().bfloat16() * 0 + 1.5, "wide": x.double().sum().view(1) * 0 + 0.25},
-    )
-    stage = step_of(module)
-    run(stage, {0: batches(1)[0]})
-    assert stage.take_losses() == [(0, {"half": 1.5, "wide": 0.25})]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_bad_step_is_named_whatever_follows(bad: float) -> None:
-    stage = step_of(LossStage(1.0, bad, 1.0, bad, 1.0))
-    run(stage, {step: batches(1)[0] for step in range(7, 12)})
-    for ask in (stage.check_finite, stage.take_losses, stage.take_losses):
-        with pytest.raises(TrainingError, match="stage 0: the loss is not finite since step 8;"):
-            ask()
-
-
-def test_parameters_of_a_state_can_be_checked_too() -> None:
-    """A finite loss with an infinite gradient."""
-    module = nn.Linear(WIDTH, 1)
-    module.frozen = nn.Parameter(torch.full((2,), -float("inf")), requires_grad=False)
-    stage = step_of(module_with_step(module))
-    stage.check_finite(stage.state()[0])
-    with torch.no_grad():
-        module.bias.fill_(float("nan"))
-    stage.check_finite()
-    with pytest.raises(TrainingError, match="stage 0: parameter 'bias' is not finite"):
-        stage.check_finite(stage.state()[0])
 
 
 # ---------------------------------------------------------------------- state
@@ -279,7 +203,7 @@ def test_parameters_of_a_state_can_be_checked_too() -> None:
 def test_a_state_is_a_copy_of_everything() -> None:
     stage = stage_steps(2)[1]
     data = dict(enumerate(batches(4)))
-    run(stage, {0: data[0]})
+    run_stage(stage, {0: data[0]})
     tensors, values = stage.state()
     kept = {name: value.clone() for name, value in tensors.items()}
     assert {
@@ -292,7 +216,7 @@ def test_a_state_is_a_copy_of_everything() -> None:
         "random.torch",
     } <= tensors.keys()
     assert values["optimizer"] == "Adam" and json.loads(json.dumps(values)) == values
-    run(stage, {1: data[1]})
+    run_stage(stage, {1: data[1]})
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
 
 
@@ -302,11 +226,6 @@ def test_a_shared_parameter_is_in_the_state_once() -> None:
     tensors, _ = step_of(module_with_step(module)).state()
     names = {name for name in tensors if name.startswith("module.")}
     assert names == {"module.a.weight", "module.a.bias", "module.b.bias"}
-
-
-def module_with_step(module: nn.Module) -> nn.Module:
-    module.training_step = lambda x, *, labels: ((), {})
-    return module
 
 
 def test_a_state_is_contiguous_and_loads_into_another_memory_format() -> None:
@@ -320,14 +239,14 @@ def test_a_state_is_contiguous_and_loads_into_another_memory_format() -> None:
         step: (torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)) for step in range(6)
     }
     one = step_of(module := conv(0), optimizer=make_optimizer("adam", module.parameters(), 0.1, {}))
-    run(one, {step: images[step] for step in range(3)})
+    run_stage(one, {step: images[step] for step in range(3)})
     tensors, values = one.state()
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     two = step_of(module := conv(1), optimizer=make_optimizer("adam", module.parameters(), 0.1, {}))
     two.load_state(copy.deepcopy(tensors), values)
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
     for stage in (one, two):
-        run(stage, {step: images[step] for step in range(3, 6)})
+        run_stage(stage, {step: images[step] for step in range(3, 6)})
     assert differences(state_of([one]), state_of([two])) == []
 
 
@@ -341,14 +260,14 @@ def test_a_loaded_stage_goes_on_like_the_one_that_was_saved(optimizer: str) -> N
         stage_steps(1, optimizer=optimizer, seed=9)[0],
     )
     data = dict(enumerate(batches(8)))
-    run(one, {step: data[step] for step in range(4)})
+    run_stage(one, {step: data[step] for step in range(4)})
     tensors, values = copy.deepcopy(one.state())
-    run(two, {0: data[7]})  # any past
+    run_stage(two, {0: data[7]})  # any past
     two.load_state(tensors, json.loads(json.dumps(values)))
     assert differences(state_of([one]), state_of([two])) == []
     rest = {step: data[step] for step in range(4, 8)}
-    run(one, rest)
-    run(two, rest)
+    run_stage(one, rest)
+    run_stage(two, rest)
     assert differences(state_of([one]), state_of([two])) == []
     assert one.take_losses()[4:] == two.take_losses()
 
@@ -356,11 +275,11 @@ def test_a_loaded_stage_goes_on_like_the_one_that_was_saved(optimizer: str) -> N
 def test_loading_forgets_bad_steps_and_losses_of_before() -> None:
     stage = step_of(LossStage(1.0, float("nan"), 3.0))
     x = batches(1)[0]
-    run(stage, {0: x})
+    run_stage(stage, {0: x})
     tensors, values = stage.state()
-    run(stage, {1: x})
+    run_stage(stage, {1: x})
     stage.load_state(tensors, values)
-    run(stage, {1: x})
+    run_stage(stage, {1: x})
     assert stage.take_losses() == [(1, {"a": 3.0, "b": 2.0})]
 
 

@@ -139,6 +139,49 @@ def test_wrong_inputs_are_refused(inputs: Any, message: str) -> None:
         assert trainer.num_steps == 0
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(6, WIDTH).double(), r"'x' is torch\.float64; .*torch\.float32: .*\.float\(\)"),
+        (torch.randn(6, WIDTH).numpy(), r"'x' is a numpy\.ndarray; .*torch\.from_numpy"),
+    ],
+)
+def test_wrong_dtypes_are_refused_before_a_worker_sees_them(inputs: Any, message: str) -> None:
+    labels = torch.arange(6) % 4
+    with make_trainer() as trainer:
+        for call in (
+            lambda: trainer.step(inputs, labels),
+            lambda: trainer.predict(inputs),
+            lambda: trainer.evaluate([(inputs, labels)]),
+        ):
+            with pytest.raises(DataError, match=message):
+                call()
+        submit_all(trainer, batches(1))
+        trainer.drain()
+        assert trainer.num_steps == 1
+
+
+def test_a_step_inside_autocast_is_refused_and_one_without_gradients_is_not() -> None:
+    expected = train(2)
+    x, labels = batches(1)[0]
+    with make_trainer() as trainer:
+        with (
+            torch.autocast("cpu"),
+            pytest.raises(MethodError, match="does not reach the stages' workers; leave it off"),
+        ):
+            trainer.step(x, labels)
+        with torch.inference_mode():
+            made_inside = x.clone()
+        with pytest.raises(DataError, match=r"'x' was made in torch\.inference_mode"):
+            trainer.step(made_inside, labels)
+        with torch.no_grad():
+            trainer.step(x, labels)
+        x, labels = batches(2)[1]
+        with torch.inference_mode():
+            trainer.step(x, labels)
+        assert differences(outcome(trainer), expected) == []
+
+
 def test_inputs_come_alone_in_a_sequence_or_by_name() -> None:
     x, labels = batches(1)[0]
     found = []

@@ -234,3 +234,48 @@ def test_closing_in_the_middle_of_a_save_hangs_nobody(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="the trainer is closed"):
             call()
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_failed_save_that_nobody_asked_about_is_told_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the directory should be")
+    trainer = make_trainer()
+    submit_all(trainer, batches(1))
+    trainer.save(tmp_path / "run")
+    trainer.drain()
+    with pytest.warns(UserWarning, match="the last checkpoint could not be written: .*run") as told:
+        trainer.close()
+    assert Path(told[0].filename).name == "test_trainer_checkpoints.py"
+    trainer.close()  # once
+    with pytest.warns(UserWarning), pytest.raises(KeyError), make_trainer() as other:
+        submit_all(other, batches(1))
+        other.save(tmp_path / "run")
+        other.drain()
+        raise KeyError  # is not hidden
+
+
+def test_what_must_be_done_before_a_checkpoint_counts_is_done_when_its_steps_are(
+    tmp_path: Path,
+) -> None:
+    found: list[Any] = []
+
+    with make_trainer(3) as trainer:
+
+        def note() -> None:
+            found.append((checkpoint.latest(tmp_path), trainer.take_losses()))
+
+        submit_all(trainer, batches(4))
+        trainer.save(tmp_path, before_complete=note)
+        trainer.wait_saved()
+        assert checkpoint.latest(tmp_path) is not None
+        ((before, rows),) = found
+        assert before is None
+        assert [[step for step, _ in stage] for stage in rows] == [[0, 1, 2, 3]] * 3
+
+        def fail() -> None:
+            raise ProgramError("no room")
+
+        submit_all(trainer, batches(5)[4:])
+        trainer.save(tmp_path, before_complete=fail)
+        with pytest.raises(ProgramError, match="no room"):
+            trainer.wait_saved()
+    assert checkpoint.latest(tmp_path) == checkpoint.step_directory(tmp_path, 4)

@@ -55,6 +55,26 @@ def test_evaluate_reads_objects_with_inputs_and_labels_too() -> None:
             trainer.evaluate([])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(6), r"labels must be int64 \(B,\), not torch\.float32"),
+        (torch.full((6,), -1), "label -1 is out of range for 4 classes"),
+        (torch.full((6,), 4), "label 4 is out of range for 4 classes"),
+        (torch.zeros(5, dtype=torch.int64), "6 samples have 5 labels"),
+        (torch.zeros(3, dtype=torch.int64), "6 samples have 3 labels"),
+        ([0] * 6, r"labels must be an int64 tensor \(B,\), not list"),
+    ],
+)
+def test_evaluate_refuses_the_labels_that_a_step_refuses(labels: object, message: str) -> None:
+    with make_trainer() as trainer:
+        with pytest.raises(DataError, match=message):
+            trainer.evaluate([(torch.randn(6, WIDTH), labels)])
+        # Of one class they may be: samples often lie in the order of their classes.
+        same = torch.full((6,), 2)
+        assert trainer.evaluate([(torch.randn(6, WIDTH), same)]).num_samples == 6
+
+
 def test_predicting_changes_nothing() -> None:
     x = torch.randn(3, WIDTH)
     with make_trainer() as trainer:

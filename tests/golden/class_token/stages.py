@@ -2,8 +2,8 @@
 """The stages of golden_models:ClassToken, method early_exit.
 
     stage 0   patches .. blocks.0: 232 parameters, 34 % of the cost
-    stage 1   add: 88 parameters, 34 % of the cost
-    stage 2   Tensor.mean .. fc: 124 parameters, 32 % of the cost
+    stage 1   blocks.1: 88 parameters, 34 % of the cost
+    stage 2   blocks.2 .. fc: 124 parameters, 32 % of the cost
 
 A value passes from stage to stage; its gradient does not (`cut`).
 """
@@ -68,7 +68,7 @@ class Stage0(nn.Module):
 
 
 class Stage1(nn.Module):
-    """add."""
+    """blocks.1."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Stage1(nn.Module):
 
 
 class Stage2(nn.Module):
-    """Tensor.mean .. fc."""
+    """blocks.2 .. fc."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 """The stages of golden_models:NestedCnn, method scpl.
 
     stage 0   stem .. layers.0.norm1: 504 parameters, 21 % of the cost
-    stage 1   layers.0.relu .. torch.relu: 336 parameters, 30 % of the cost
+    stage 1   layers.0.relu .. layers.0.norm2: 336 parameters, 30 % of the cost
     stage 2   layers.1 .. fc: 700 parameters, 49 % of the cost
 
 A value passes from stage to stage; its gradient does not (`cut`).
@@ -65,7 +65,7 @@ class Stage0(nn.Module):
 
 
 class Stage1(nn.Module):
-    """layers.0.relu .. torch.relu."""
+    """layers.0.relu .. layers.0.norm2."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

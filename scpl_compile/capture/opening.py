@@ -1,0 +1,174 @@
+"""Which modules are opened, and why one is closed again: what both frontends share."""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+from torch.nn.utils.parametrize import is_parametrized
+
+from scpl_compile.capture.captured import ModuleCall
+from scpl_compile.capture.state import ModelState, RandomState
+from scpl_compile.errors import CaptureError, TraceError
+from scpl_compile.ir import InputSpec
+
+__all__ = [
+    "Frame",
+    "Trace",
+    "Untraceable",
+    "calls_through",
+    "check_model",
+    "is_library_leaf",
+    "never_opened",
+    "phrase",
+    "place",
+    "root_error",
+    "single_call",
+    "why_closed",
+]
+
+_RANDOM = "random numbers drawn in Python"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MAX_PHRASE = 120
+_TORCH = Path(torch.__file__).parent
+_OWN = Path(__file__).parent
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One traced graph and the module calls that were traced through, by scope key."""
+
+    graph: Graph
+    calls: Mapping[str, ModuleCall]
+
+
+class Untraceable(Exception):
+    """The code being traced holds something that a graph cannot express; text: a phrase."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """One opened module call: its scope key, and why it must be closed again ("" so far)."""
+
+    key: str
+    reason: str = ""
+
+
+def is_library_leaf(module: nn.Module) -> bool:
+    """Whether `module` is of torch.nn and not a container: such modules are called whole."""
+    name = type(module).__module__
+    library = name.startswith(("torch.nn.", "torch.ao.nn."))
+    return library and not isinstance(module, _CONTAINERS)
+
+
+@contextmanager
+def calls_through(handler: Callable[..., Any]) -> Iterator[None]:
+    """Let handler(module, torch's own __call__, args, kwargs) stand for every call of a module."""
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return handler(module, original, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def check_model(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
+    """Check that `inputs` name parameters of forward and leave none without a value.
+
+    Raises:
+        CaptureError: a name is unknown or missing; the model itself has hooks.
+    """
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    kinds = {p.name: p.kind for p in parameters}
+    named = {spec.name for spec in inputs}
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = [name for name, kind in kinds.items() if kind not in variable]
+    if unknown := sorted(named - set(known)):
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            raise CaptureError(
+                f"--input {unknown[0]} is not a parameter of {type(model).__name__}.forward, "
+                f"which takes {', '.join(known) or 'none'}"
+            )
+    for parameter in parameters:
+        required = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+        if required and parameter.name not in named:
+            raise CaptureError(
+                f"{type(model).__name__}.forward needs {parameter.name!r}: describe it with --input"
+            )
+    if any(getattr(model, hooks) for hooks in _HOOKS):
+        raise CaptureError(
+            f"{type(model).__name__} itself has hooks, which its stages would not run: register "
+            "them on its submodules"
+        )
+
+
+def never_opened(module: nn.Module) -> str:
+    """Why `module` must not be opened whatever its forward does, or ""."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    if is_parametrized(module) and not type(module).__mro__[1].__module__.startswith("torch.nn."):
+        return "parametrization"
+    if not is_library_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS):
+        return "hooks"
+    return ""
+
+
+def why_closed(frame: Frame, state: ModelState, randomness: RandomState) -> str:
+    """Why what was recorded of a module cannot stand for it, "" if it can."""
+    if frame.reason:
+        return frame.reason
+    if RandomState.now() != randomness:
+        return _RANDOM
+    changed = state.changed()
+    return f"changes its attribute {changed!r}" if changed else ""
+
+
+def single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
+    """The graph of a model that is itself one module of torch.nn: one call of it."""
+    graph = Graph()
+    kwargs: dict[str, Any] = {spec.name: graph.placeholder(spec.name) for spec in inputs}
+    call = graph.create_node("call_module", "", (), kwargs, name="model")
+    graph.output(call)
+    for node in graph.nodes:
+        node.meta["scope"] = ()
+    return Trace(graph=graph, calls={})
+
+
+def phrase(error: BaseException) -> str:
+    """One line about an exception."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_PHRASE:
+        text = text[: _MAX_PHRASE - 1] + "…"
+    return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
+
+
+def place(error: BaseException) -> str:
+    """The last line outside of torch that the exception passed, as "net.py:42"."""
+    files = [
+        (Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    lines = [
+        f"{path.name}:{line}"
+        for path, line in files
+        if not (path.is_relative_to(_TORCH) or path.is_relative_to(_OWN))
+    ]
+    return lines[-1] if lines else ""
+
+
+def root_error(model: nn.Module, reason: str, place: str) -> TraceError:
+    at = f" at {place}" if place else ""
+    return TraceError(
+        f"the forward of {type(model).__name__} itself cannot be traced{at} ({reason}): "
+        "move that code into a submodule, which is then kept whole"
+    )

@@ -1,0 +1,42 @@
+"""What a module or a function gives when it gives more than one tensor."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["Fields", "leaves", "parts", "plain_fields"]
+
+
+class Fields(dict[str, Any]):
+    """The fields of a dataclass by name."""
+
+
+def plain_fields(value: Any) -> Any:
+    """A dataclass that is no mapping as its fields; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        return Fields(
+            (field.name, getattr(value, field.name)) for field in dataclasses.fields(value)
+        )
+    return value
+
+
+def parts(value: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
+    """(key, item, the function that reads it) of what a mapping, sequence or dataclass holds."""
+    if isinstance(value, Mapping):  # also transformers' ModelOutput, which is a dataclass too
+        yield from ((key, item, operator.getitem) for key, item in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from ((index, item, operator.getitem) for index, item in enumerate(value))
+    else:
+        fields = plain_fields(value)
+        if fields is not value:
+            yield from ((name, item, getattr) for name, item in fields.items())
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is inside nested mappings, sequences and dataclasses."""
+    if isinstance(value, (Mapping, tuple, list)) or plain_fields(value) is not value:
+        for _, item, _ in parts(value):
+            yield from leaves(item)
+    else:
+        yield value

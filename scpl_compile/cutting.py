@@ -1,0 +1,125 @@
+"""A model's graph and where it is cut: the frontends are tried until one allows a balanced cut."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+
+from torch import nn
+
+from scpl_compile.capture import FRONTENDS, Capture, capture
+from scpl_compile.capture.outputs import keep_output, outputs_of
+from scpl_compile.cost import DeviceSpec, node_costs
+from scpl_compile.errors import PartitionError, TraceError
+from scpl_compile.ir import InputSpec, NodeCost
+from scpl_compile.methods.base import Method
+from scpl_compile.methods.cuts import cut_problem, split_nodes
+from scpl_compile.partition import Partition, partition, split_at
+from scpl_compile.sources import (
+    OutputPath,
+    check_output,
+    choose_output,
+    output_name,
+    output_tensors,
+)
+
+__all__ = ["CutRequest", "Cutting", "cut_model"]
+
+_SMALL = 0.25
+"""Of a stage's even share: an opaque module up to this cost stands in nobody's way."""
+_BALANCED = 1.05
+"""Of a stage's even share: a bottleneck that no other frontend could lower by much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutRequest:
+    """What is asked for.
+
+    output, num_classes: None where the model tells. split_at: modules after which to cut, instead
+    of balancing `num_stages` stages. frontend: a key of FRONTENDS, or None to choose.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    batch_size: int
+    output: str | None
+    num_classes: int | None
+    method: Method
+    device: DeviceSpec
+    num_stages: int
+    split_at: tuple[str, ...] = ()
+    frontend: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cutting:
+    """A graph that gives the logits alone, and its partition.
+
+    output: where the model gives the logits; dropped: names of its other outputs.
+    """
+
+    capture: Capture
+    output: OutputPath
+    dropped: tuple[str, ...]
+    num_classes: int
+    partition: Partition
+
+
+def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
+    """Capture and cut `model` by the first frontend that allows a balanced cut, else by the best.
+
+    Raises:
+        CaptureError: no frontend can take the graph, or the inputs do not fit.
+        PartitionError: no graph has such a cut.
+    """
+    best: Cutting | None = None
+    failure: TraceError | PartitionError | None = None
+    for frontend in [request.frontend] if request.frontend else FRONTENDS:
+        try:
+            found, is_balanced = _cut(model, request, frontend)
+        except (TraceError, PartitionError) as error:
+            failure = error
+            continue
+        if best is None or found.partition.bottleneck_us < best.partition.bottleneck_us:
+            best = found
+        if is_balanced:
+            break
+    if best is None:
+        assert failure is not None, "every frontend cuts or fails"
+        raise failure
+    return best
+
+
+def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting, bool]:
+    """The cut of one frontend, and whether no other could do much better."""
+    fine = capture(model, request.inputs, request.batch_size, frontend)
+    outputs = outputs_of(fine)
+    size = fine.batch_size
+    path = choose_output(
+        outputs, name=request.output, num_classes=request.num_classes, batch_size=size
+    )
+    tensors = output_tensors(outputs)
+    num_classes = check_output(
+        tensors[path].shape, num_classes=request.num_classes, batch_size=size
+    )
+    fine = keep_output(fine, path)
+    costs = node_costs(fine, request.device)
+    problem = cut_problem(fine, costs, request.method, num_classes, request.device)
+    if request.split_at:
+        found = split_at(problem, split_nodes(fine, request.split_at))
+    else:
+        found = partition(problem, request.num_stages)
+    cutting = Cutting(
+        capture=fine,
+        output=path,
+        dropped=tuple(output_name(other) for other in tensors if other != path),
+        num_classes=num_classes,
+        partition=found,
+    )
+    return cutting, bool(request.split_at) or _is_balanced(fine, costs, found.stage_us)
+
+
+def _is_balanced(fine: Capture, costs: Mapping[str, NodeCost], stage_us: Sequence[float]) -> bool:
+    """Whether the modules that were kept whole leave the stages balanced."""
+    share = fsum(stage_us) / len(stage_us)
+    opaque = {path for path, _ in fine.opaque}
+    whole = [costs[n.name].total_us for n in fine.compute_nodes if n.target in opaque]
+    return max(whole, default=0.0) <= _SMALL * share or max(stage_us) <= _BALANCED * share

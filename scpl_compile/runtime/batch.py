@@ -1,0 +1,112 @@
+"""What is refused before a stage sees a batch, on the caller's side and without a device's help.
+
+A plan knows the name, dtype and number of dimensions of every input. Which of the sizes behind the
+batch are free (the length of a text, the side of an image before pooling) it does not know, so
+sizes are left to the model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scpl_compile.errors import DataError, MethodError
+from scpl_compile.ir import InputSpec
+
+__all__ = ["Inputs", "check_labels", "check_outside", "check_trainable", "named_inputs"]
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+_REMEDIES = {torch.float32: ".float()", torch.int64: ".long()", torch.bool: ".bool()"}
+
+
+def named_inputs(specs: Sequence[InputSpec], inputs: Inputs) -> dict[str, Tensor]:
+    """`inputs` by name: one tensor, a sequence in the order of `specs`, or a mapping; batch first.
+
+    Raises:
+        DataError: other inputs than those of `specs`; no tensor, another dtype or number of
+            dimensions; batches of different sizes.
+    """
+    names = [spec.name for spec in specs]
+    values: dict[str, Any]
+    if isinstance(inputs, Mapping):
+        values = dict(inputs)
+    elif isinstance(inputs, (list, tuple)):
+        if len(inputs) != len(names):
+            raise DataError(f"the model takes {len(names)} inputs, not {len(inputs)}")
+        values = dict(zip(names, inputs, strict=True))
+    else:
+        if len(names) != 1:
+            raise DataError(f"the model takes {len(names)} inputs, not 1")
+        values = {names[0]: inputs}
+    if values.keys() != set(names):
+        raise DataError(f"the model takes the inputs {names}, not {sorted(values)}")
+    for spec in specs:
+        _check_input(spec, values[spec.name])
+    sizes = {name: value.shape[0] for name, value in values.items()}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"the inputs' batch sizes differ: {sizes}")
+    return values
+
+
+def _check_input(spec: InputSpec, value: object) -> None:
+    if not isinstance(value, Tensor):
+        how = "torch.from_numpy(x)" if type(value).__module__ == "numpy" else "torch.as_tensor(x)"
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        raise DataError(f"input {spec.name!r} is a {kind}; give a tensor: {how}")
+    if value.ndim != 1 + len(spec.shape):
+        shape = ", ".join(map(str, value.shape[1:]))
+        raise DataError(
+            f"input {spec.name!r} has the shape (batch, {shape}); "
+            f"the program was compiled for (batch, {', '.join(map(str, spec.shape))})"
+        )
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if value.dtype != dtype:
+        remedy = _REMEDIES.get(dtype, f".to({dtype})")
+        raise DataError(
+            f"input {spec.name!r} is {value.dtype}; the program was compiled for {dtype}: give it "
+            f"as x{remedy}"
+        )
+
+
+def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> tuple[int, int]:
+    """The lowest and the highest label. On the host: on a device it would be an assert later.
+
+    Raises:
+        DataError: labels are no int64 (B,), `num_samples` is no multiple of B, or one is out of
+            range.
+    """
+    if not isinstance(labels, Tensor):
+        raise DataError(f"labels must be an int64 tensor (B,), not {type(labels).__name__}")
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise DataError(f"labels must be int64 (B,), not {labels.dtype} {tuple(labels.shape)}")
+    if not labels.numel() or not num_samples or num_samples % labels.numel():
+        raise DataError(f"{num_samples} samples have {labels.numel()} labels")
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"label {low if low < 0 else high} is out of range for {num_classes} classes; "
+            "compile with a larger --num-classes, or mend the labels"
+        )
+    return low, high
+
+
+def check_trainable(values: Mapping[str, Tensor]) -> None:
+    """Raises DataError where autograd would refuse one of `values`."""
+    for name, value in values.items():
+        if value.is_inference():
+            raise DataError(
+                f"{name!r} was made in torch.inference_mode(), where nothing can be trained on; "
+                "make it outside (torch.no_grad() does no harm), or pass its clone()"
+            )
+
+
+def check_outside(devices: Iterable[torch.device]) -> None:
+    """Raises MethodError inside torch.autocast: it is per thread, and stages have their own."""
+    for kind in sorted({device.type for device in devices}):
+        if torch.is_autocast_enabled(kind):
+            raise MethodError(
+                f"torch.autocast({kind!r}) does not reach the stages' workers; leave it off around "
+                "step, and cast inside the model"
+            )

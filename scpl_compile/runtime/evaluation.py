@@ -1,0 +1,55 @@
+"""Accuracy and cross entropy of the exits, added up over batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from scpl_compile.errors import DataError
+
+__all__ = ["Evaluation", "Tally"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """accuracy and mean cross entropy of every exit (the last one is the model's own output)."""
+
+    num_samples: int
+    accuracies: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose label the last exit finds."""
+        return self.accuracies[-1]
+
+
+class Tally:
+    """Adds up batches to an Evaluation."""
+
+    def __init__(self) -> None:
+        self._num_samples = 0
+        self._correct: list[float] = []
+        self._losses: list[float] = []
+
+    def add(self, exits: Sequence[Tensor], labels: Tensor) -> None:
+        """exits: logits (B, C) of each; labels: int64 (B,)."""
+        self._correct = self._correct or [0.0] * len(exits)
+        self._losses = self._losses or [0.0] * len(exits)
+        for i, logits in enumerate(exits):
+            target = labels.to(logits.device)
+            self._correct[i] += float((logits.argmax(-1) == target).sum())
+            self._losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
+        self._num_samples += len(labels)
+
+    def result(self) -> Evaluation:
+        """What was added. Raises DataError where that is nothing."""
+        count = self._num_samples
+        if count == 0:
+            raise DataError("there is no sample to evaluate on")
+        return Evaluation(
+            num_samples=count,
+            accuracies=tuple(value / count for value in self._correct),
+            losses=tuple(value / count for value in self._losses),
+        )

@@ -1,0 +1,182 @@
+"""The files of a run, and whether a run may begin, go on, or is finished.
+
+::
+
+    RUN/run.json            plan, options and versions
+        metrics.jsonl       a row per stage and step, and one per epoch
+        step-00000050/      checkpoints (checkpoint.py)
+        final.safetensors   the trained weights
+        result.json         the result; written last
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scpl_compile.errors import ProgramError
+from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.options import Options
+
+__all__ = ["RunDirectory", "trained_steps"]
+
+_COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "lr", "lr_schedule",
+             "seed", "threads_per_stage")  # fmt: skip
+"""Options that a resumed run must share with the run that it continues."""
+
+
+class RunDirectory:
+    """The directory of a run of the plan with this digest.
+
+    resume_from: the checkpoint to go on from. result: that of a finished run that is resumed.
+    The caller holds the RunLock. Nothing is written before `begin`.
+
+    Raises:
+        ProgramError: it is in the way, cannot be resumed, or belongs to another plan or to other
+            options.
+    """
+
+    def __init__(self, path: Path, plan_digest: str, options: Options) -> None:
+        self.path = path
+        self.final = path / "final.safetensors"
+        self.resume_from: Path | None = None
+        self.result: dict[str, Any] | None = None
+        self._plan_digest = plan_digest
+        self._options = options
+        if options.resume:
+            self._open()
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not (path / "run.json").is_file():
+                raise ProgramError(f"{path} exists and is no run; choose another --run-dir")
+            if not options.force:
+                raise ProgramError(f"{path} exists; add --resume, --force or another --run-dir")
+
+    def _open(self) -> None:
+        """Find where to go on."""
+        self.resume_from = checkpoint.latest(self.path)
+        result = self.path / "result.json"
+        is_finished = result.is_file() and self.final.is_file()
+        if self.resume_from is None and not is_finished:
+            raise ProgramError(
+                f"{self.path} has no complete checkpoint to resume from; start again with --force "
+                "and --save-every N"
+            )
+        self._compare_options()
+        if is_finished:
+            self.result = _read_object(result)
+
+    def _compare_options(self) -> None:
+        path = self.path / "run.json"
+        before = _read_object(path)
+        plan, options = str(before.get("plan")), before.get("options")
+        if not isinstance(options, dict):
+            raise ProgramError(f"{path} is damaged (no options); start again with --force")
+        if plan != self._plan_digest:
+            raise ProgramError(
+                f"{self.path} is a run of another plan ({plan[:12]}, this one is "
+                f"{self._plan_digest[:12]}); resume with the program that began it, or start again "
+                "with --force"
+            )
+        for name in _COMPARED:
+            if options.get(name) != (given := getattr(self._options, name)):
+                flag = f"--{name.replace('_', '-')}"
+                raise ProgramError(
+                    f"{self.path} was begun with {flag} {options.get(name)}, not {given}; resume "
+                    "with the same options, or start again with --force"
+                )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ProgramError(
+                f"{self.path} cannot be written ({error}); make room, or choose another --run-dir"
+            ) from error
+
+    def _write_object(self, name: str, value: Mapping[str, Any]) -> None:
+        temporary = self.path / f".{name}.part"
+        temporary.write_text(json.dumps(value, indent=2), "utf-8")
+        os.replace(temporary, self.path / name)
+
+    def begin(self, num_steps: int, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Make the directory; of a resumed run, remove what will be done again.
+
+        Gives the rows of metrics.jsonl of the first `num_steps` steps.
+        """
+        facts = {"plan": self._plan_digest, "options": vars(self._options), "versions": versions}
+        with self._writing():
+            if self.resume_from is None and self.path.exists():
+                shutil.rmtree(self.path)  # an earlier run, or empty: see __init__
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "result.json").unlink(missing_ok=True)
+            self._write_object("run.json", facts)
+            metrics = self.path / "metrics.jsonl"
+            if not metrics.exists():
+                return []
+            rows = _rows_before(num_steps, metrics.read_text("utf-8"))
+            temporary = self.path / ".metrics.jsonl.part"
+            temporary.write_text(_lines(rows), "utf-8")
+            os.replace(temporary, metrics)
+            return rows
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to metrics.jsonl."""
+        with self._writing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+
+    def save_final(self, state: Mapping[str, Tensor], num_steps: int) -> None:
+        """Write the trained weights, and what they are of."""
+        facts = {"plan": self._plan_digest, "steps": num_steps}
+        with self._writing():  # one key: the order of several is not kept in the file
+            checkpoint.save_tensors(self.final, state, {"run": json.dumps(facts)})
+
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the run is finished."""
+        with self._writing():
+            self._write_object("result.json", result)
+
+
+def trained_steps(weights: Path, plan_digest: str) -> int | None:
+    """After how many steps a run of this plan wrote `weights`; None for any other file.
+
+    Raises:
+        ProgramError: the file is missing or damaged.
+    """
+    try:
+        facts = json.loads(checkpoint.read_metadata(weights).get("run", ""))
+        return int(facts["steps"]) if facts["plan"] == plan_digest else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProgramError(f"{path} is damaged ({error!r}); start again with --force") from error
+    return value
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _rows_before(num_steps: int, metrics: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl before `num_steps`; a run that was killed may have torn one."""
+    kept = []
+    for line in metrics.splitlines():
+        try:
+            row = json.loads(line)
+            if row["step"] < num_steps:
+                kept.append(row)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept

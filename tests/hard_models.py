@@ -1,0 +1,439 @@
+"""Models with a construct that a compiler could lose, each with what must come of it.
+
+A construct is a `Part`, a module (B, 6) → (B, 6). It stands in the middle of a small network as a
+submodule, and as code of the network's own forward.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+NUM_CLASSES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hard:
+    """A model, its inputs, and what must come of it.
+
+    opaque: paths of the modules that stay whole, and a part of the reasons; None: any.
+    refused: a part of the message, "" where it compiles. A mapping says it for each frontend.
+    fixed: parameters that no training moves.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: str = "6"
+    opaque: Mapping[str, str] | None = field(default_factory=dict)
+    opaque_recorded: Mapping[str, str] | None = None
+    refused: str | Mapping[str, str] = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+
+    def refusal(self, frontend: str) -> str:
+        """A part of the message of this frontend, "" where it compiles."""
+        return self.refused if isinstance(self.refused, str) else self.refused.get(frontend, "")
+
+    def kept_whole(self, frontend: str) -> Mapping[str, str] | None:
+        """Paths and reasons of the modules that this frontend keeps whole."""
+        if frontend == "record" and self.opaque_recorded is not None:
+            return self.opaque_recorded
+        return self.opaque
+
+
+# ---------------------------------------------------------------------- constructs
+
+
+class Part(nn.Module):
+    """(B, 6) → (B, 6); `step` has the construct."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def step(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(x)
+
+
+class Autocast(Part):
+    def step(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.linear(x)
+        return y.float()
+
+
+class NoGrad(Part):
+    def step(self, x):
+        y = self.linear(x)
+        with torch.no_grad():
+            scale = y.abs().amax()
+        return y / (1 + scale)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class CustomFunction(Part):
+    def step(self, x):
+        return StraightThrough.apply(self.linear(x))
+
+
+class Checkpointed(Part):
+    def step(self, x):
+        return checkpoint(self.linear, x, use_reentrant=False)
+
+
+class FunctionalDropout(Part):
+    def step(self, x):
+        return F.dropout(self.linear(x), 0.3, training=self.training)
+
+
+class TrainingBranch(Part):
+    def step(self, x):
+        y = self.linear(x)
+        if self.training:
+            y = y * 1.5
+        return y
+
+
+class LayerDrop(Part):
+    def step(self, x):
+        if self.training and random.random() < 0.0:
+            return x
+        return self.linear(x)
+
+
+class NumpyNoise(Part):
+    def step(self, x):
+        return self.linear(x) * (1 + float(np.random.rand()))
+
+
+class DataBranch(Part):
+    def step(self, x):
+        y = self.linear(x)
+        return y if y.sum() > 0 else y * 2
+
+
+class DataScale(Part):
+    def step(self, x):
+        y = self.linear(x)
+        return y * (1 + abs(float(y.mean())))
+
+
+class BatchBranch(Part):
+    def step(self, x):
+        return self.linear(x) * (2.0 if x.shape[0] > 4 else 1.0)
+
+
+class BatchLoop(Part):
+    def step(self, x):
+        return torch.stack([self.linear(row) for row in x])
+
+
+class BatchScale(Part):
+    def step(self, x):
+        y = self.linear(x)
+        return y.view(y.size(0) * 2, -1).view(y.shape[0], -1) * y.shape[0] ** -0.5
+
+
+class SizeLoop(Part):
+    def step(self, x):
+        y = self.linear(x)
+        for i in range(x.shape[1]):
+            y = y + x[:, i : i + 1] * i
+        return y
+
+
+class Routing(Part):
+    def step(self, x):
+        y = self.linear(x)
+        rows = (x[:, 0] > 0).nonzero().squeeze(1)
+        return y.index_add(0, rows, y[rows])
+
+
+class SliceAssignment(Part):
+    def step(self, x):
+        y = self.linear(x)
+        y[:, 0] = x[:, 1] * 2
+        y[:, 2:4] += 1
+        return y
+
+
+class Views(Part):
+    def step(self, x):
+        y = self.linear(x)
+        part = y[:, :3]
+        part *= 2
+        return y + 1 - part.sum(1, keepdim=True)
+
+
+class Aliases(Part):
+    """Dropout gives its argument back in evaluation, so the write is seen through both names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
+    def step(self, x):
+        y = self.linear(x)
+        z = self.dropout(y)
+        y += 1
+        return y * z
+
+
+class AssignsData(Part):
+    def step(self, x):
+        y = self.linear(x)
+        y.data = y.data + 1
+        return y
+
+
+class Swapped(Part):
+    def step(self, x):
+        y = self.linear(x)
+        return (1 - y) + 2 / (y.abs() + 1) + 2 ** y.tanh() + y.matmul(torch.eye(6))
+
+
+class Fourier(Part):
+    def step(self, x):
+        spectrum = torch.fft.rfft(self.linear(x), dim=1)
+        return torch.fft.irfft(spectrum * torch.view_as_complex(torch.ones(4, 2)), n=6)
+
+
+class Padded(Part):
+    def step(self, x):
+        y = F.pad(self.linear(x), (1, 1))
+        return y.view(y.shape[0], 2, -1).flatten(1)[:, 1:-1]
+
+
+class CountsCalls(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def step(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+class KeepsLast(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_seen = None
+
+    def step(self, x):
+        y = self.linear(x)
+        self.last_seen = y.detach()
+        return y
+
+
+class PlainTensor(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.full((6,), 2.0)
+
+    def step(self, x):
+        return self.linear(x) * self.scale
+
+
+class MadeInForward(Part):
+    def step(self, x):
+        return nn.LayerNorm(6, elementwise_affine=False)(nn.ReLU()(self.linear(x)) + x)
+
+
+class ParametersAsArguments(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def step(self, x):
+        return F.linear(x, self.linear.weight, self.bias) + self.linear.bias
+
+
+class Passes(nn.Module):
+    """Keywords go through two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def inner(self, x, *, scale, shift=None):
+        y = self.linear(x) * scale
+        return y if shift is None else y + shift
+
+
+class Keywords(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = Passes()
+
+    def step(self, x):
+        options = {"scale": 2.0, "shift": x}
+        return self.passes(self.linear(x), **options)
+
+
+@dataclass
+class Result:
+    value: Tensor
+    extra: Tensor | None = None
+
+
+class GivesDataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return Result(self.linear(x), extra=x)
+
+
+class GivesDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, given):
+        return {"value": self.linear(given["value"]), "extra": (given["value"], [given["value"]])}
+
+
+class Dataclasses(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = GivesDataclass()
+
+    def step(self, x):
+        result = self.inner(self.linear(x))
+        return result.value + result.extra
+
+
+class Dicts(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = GivesDict()
+
+    def step(self, x):
+        result = self.inner({"value": self.linear(x)})
+        return result["value"] + result["extra"][1][0]
+
+
+class Twice(Part):
+    def step(self, x):
+        return self.linear(torch.relu(self.linear(x)))
+
+
+class TrainingOnly(Part):
+    """A child that is called in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = nn.Linear(6, 6)
+
+    def step(self, x):
+        y = self.linear(x)
+        return y + self.noise(x) if self.training else y
+
+
+class WeightNorm(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def step(self, x):
+        return self.linear(x)
+
+
+class SpectralNorm(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = parametrizations.spectral_norm(nn.Linear(6, 6))
+
+    def step(self, x):
+        return self.linear(x)
+
+
+class CumulativeNorm(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6, momentum=None)
+
+    def step(self, x):
+        return self.norm(self.linear(x))
+
+
+class Device(Part):
+    def step(self, x):
+        mask = torch.ones(x.shape[0], 6, device=x.device, dtype=x.dtype)
+        return self.linear(x).to(self.linear.weight.device) * mask
+
+
+class Hooked(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.register_forward_hook(lambda module, args, result: result * 2)
+
+    def step(self, x):
+        return self.linear(x)
+
+
+class Reads(Part):
+    """Half of what it does reads no data, half does."""
+
+    def step(self, x):
+        return self.linear(x) * x.detach()[0, 0].item()
+
+
+class AsNet(nn.Module):
+    """`part` between two layers of a network."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.part = part
+        self.mid = nn.Linear(6, 6)
+        self.last = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x):
+        x = self.part(torch.relu(self.first(x)))
+        return self.last(torch.relu(self.mid(x)))
+
+
+def as_submodule(part: type[Part]) -> nn.Module:
+    return AsNet(part())
+
+
+def as_root(part: type[Part]) -> nn.Module:
+    """The network whose own forward runs the code of `part`."""
+
+    def __init__(self) -> None:
+        part.__init__(self)
+        self.first = nn.Linear(6, 6)
+        self.mid = nn.Linear(6, 6)
+        self.last = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x):
+        x = self.step(torch.relu(self.first(x)))
+        return self.last(torch.relu(self.mid(x)))
+
+    made = type(f"{part.__name__}Net", (part,), {"__init__": __init__, "forward": forward})
+    return made()

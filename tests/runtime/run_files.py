@@ -1,0 +1,34 @@
+"""What tests of runs read of a run directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+QUICK = ("--data", "random:64", "--batch-size", "16")  # 4 batches per epoch
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_rows(run: Path) -> dict[tuple[int, int], dict[str, float]]:
+    """The losses by (stage, step); every pair once."""
+    rows = [row for row in metrics(run) if "stage" in row]
+    found = {(row["stage"], row["step"]): row["losses"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights."""
+    return load_file(run / "final.safetensors")
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    """Whether both runs ended with the same weights and buffers."""
+    left, right = final(one), final(other)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)

@@ -1,0 +1,84 @@
+"""The files of a run: what is kept, what is refused, what says that a run is finished."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scpl_compile.errors import ProgramError
+from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.run_directory import _COMPARED, RunDirectory, _rows_before, trained_steps
+
+
+def options(**changes: Any) -> Namespace:
+    """Those of a run, the compared ones equal."""
+    return Namespace(**{**dict.fromkeys(_COMPARED, 1), "resume": False, "force": False, **changes})
+
+
+def finished(path: Path) -> RunDirectory:
+    """A run that is over, without checkpoints."""
+    run = RunDirectory(path, "digest", options())
+    assert run.begin(0, {}) == []
+    run.append([{"step": 0, "stage": 0, "losses": {"a": 1.0}}])
+    run.save_final({"w": torch.ones(2)}, 7)
+    run.save_result({"accuracy": 0.5})
+    return run
+
+
+def test_rows_of_steps_that_will_be_done_again_are_dropped() -> None:
+    rows = [{"step": step, "stage": 0} for step in (0, 1, 2, 3, 1)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    assert _rows_before(2, text + '{"step": 1, "st') == [rows[0], rows[1], rows[4]]
+    assert _rows_before(2, "[]\n{}\n3\n" + text) == [rows[0], rows[1], rows[4]]
+    assert _rows_before(9, "") == []
+
+
+def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", "digest", options())
+    assert list(tmp_path.iterdir()) == []
+    run.begin(0, {"torch": "2"})
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"] == {"torch": "2"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    assert RunDirectory(tmp_path / "run", "digest", options(resume=True)).result == {
+        "accuracy": 0.5
+    }
+    assert RunDirectory(tmp_path / "run", "digest", options(force=True)).result is None
+    with pytest.raises(ProgramError, match="is a run of another plan"):
+        RunDirectory(tmp_path / "run", "other", options(resume=True))
+    (tmp_path / "run" / "result.json").write_text("{")
+    with pytest.raises(ProgramError, match=r"result\.json is damaged .*--force"):
+        RunDirectory(tmp_path / "run", "digest", options(resume=True))
+
+
+def test_without_its_weights_a_run_is_not_finished(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    run.final.unlink()
+    with pytest.raises(ProgramError, match="no complete checkpoint to resume from"):
+        RunDirectory(run.path, "digest", options(resume=True))
+    checkpoint.save_stage(run.path / "step-00000003", 0, {}, {})
+    checkpoint.complete(run.path / "step-00000003", {"step": 3}, 1)
+    again = RunDirectory(run.path, "digest", options(resume=True))
+    assert (again.result, again.resume_from) == (None, run.path / "step-00000003")
+    again.begin(3, {})
+    assert not (run.path / "result.json").exists()  # it would be that of another end
+
+
+def test_weights_know_the_steps_of_their_own_plans_run(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert trained_steps(run.final, "digest") == 7
+    assert trained_steps(run.final, "another") is None
+    first = run.final.read_bytes()
+    run.save_final({"w": torch.ones(2)}, 7)
+    assert run.final.read_bytes() == first
+    for metadata in ({}, {"plan": "digest"}, {"run": "3"}, {"run": "{}"}, {"run": "{"}):
+        checkpoint.save_tensors(tmp_path / "x", {"w": torch.ones(1)}, metadata)
+        assert trained_steps(tmp_path / "x", "digest") is None
+    with pytest.raises(ProgramError, match="none is damaged"):
+        trained_steps(tmp_path / "none", "digest")
