@@ -10,6 +10,7 @@ Every value has a JSON form (`to_json`) that reads back to an equal value (`from
 digest of a Plan is the sha256 of its canonical JSON. Times are microseconds (`_us`), sizes bytes.
 """
 
+import builtins
 import hashlib
 import json
 import operator
@@ -225,13 +226,15 @@ class Stage:
 
 def first_and_last(stage: Stage) -> tuple[str, str]:
     """The first and the last module; where there is none, function."""
-    modules = [
-        name
-        for name in stage.nodes
-        if not name.startswith(("Tensor.", "torch.")) and not hasattr(operator, name)
-    ]
+    modules = [name for name in stage.nodes if not _is_function(name)]
     names = modules or stage.nodes
     return names[0], names[-1]
+
+
+def _is_function(name: str) -> bool:
+    return (
+        name.startswith(("Tensor.", "torch.")) or hasattr(operator, name) or hasattr(builtins, name)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

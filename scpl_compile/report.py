@@ -1,5 +1,7 @@
 """A plan as a person reads it."""
 
+import re
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -50,10 +52,22 @@ def print_plan(plan: Plan) -> None:
         f"by the cost model, {100 * (plan.bottleneck_us / plan.lower_bound_us - 1):.0f} % above "
         "the lower bound.",
         f"Frontend {plan.frontend}, solver {plan.solver}.",
-        *(f"Kept whole: {path or 'the model'} ({reason})." for path, reason in plan.opaque),
+        *_opaque_lines(plan),
     ]
     for line in lines:
         console.print(line, markup=False)
+
+
+def _opaque_lines(plan: Plan) -> list[str]:
+    """Which modules were kept whole and why; those of a row of layers in one line."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for path, reason in plan.opaque:
+        alike.setdefault((re.sub(r"\d+", "*", path), reason), []).append(path)
+    lines = []
+    for (pattern, reason), paths in alike.items():
+        text = f"{len(paths)} like {pattern}" if len(paths) > 1 else paths[0] or "the model"
+        lines.append(f"Kept whole: {text} ({reason}).")
+    return lines
 
 
 def _table(plan: Plan) -> Table:

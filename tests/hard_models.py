@@ -1,55 +1,20 @@
-"""Models with a construct that a compiler could lose, each with what must come of it.
+"""Constructs that a compiler could lose.
 
 A construct is a `Part`, a module (B, 6) → (B, 6). It stands in the middle of a small network as a
 submodule, and as code of the network's own forward.
 """
 
-import dataclasses
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 NUM_CLASSES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hard:
-    """A model, its inputs, and what must come of it.
-
-    opaque: paths of the modules that stay whole, and a part of the reasons; None: any.
-    refused: a part of the message, "" where it compiles. A mapping says it for each frontend.
-    fixed: parameters that no training moves.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: str = "6"
-    opaque: Mapping[str, str] | None = field(default_factory=dict)
-    opaque_recorded: Mapping[str, str] | None = None
-    refused: str | Mapping[str, str] = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    fixed: frozenset[str] = frozenset()
-
-    def refusal(self, frontend: str) -> str:
-        """A part of the message of this frontend, "" where it compiles."""
-        return self.refused if isinstance(self.refused, str) else self.refused.get(frontend, "")
-
-    def kept_whole(self, frontend: str) -> Mapping[str, str] | None:
-        """Paths and reasons of the modules that this frontend keeps whole."""
-        if frontend == "record" and self.opaque_recorded is not None:
-            return self.opaque_recorded
-        return self.opaque
-
-
-# ---------------------------------------------------------------------- constructs
 
 
 class Part(nn.Module):
@@ -394,13 +359,6 @@ class Hooked(Part):
 
     def step(self, x):
         return self.linear(x)
-
-
-class Reads(Part):
-    """Half of what it does reads no data, half does."""
-
-    def step(self, x):
-        return self.linear(x) * x.detach()[0, 0].item()
 
 
 class AsNet(nn.Module):

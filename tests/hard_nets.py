@@ -78,6 +78,7 @@ class PackedEncoder(nn.Module):
         self.lstm = nn.LSTM(6, 8, batch_first=True)
 
     def forward(self, x, lengths):
+        lengths = lengths.clamp(min=1)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         y, _ = self.lstm(packed)
         return pad_packed_sequence(y, batch_first=True, total_length=5)[0]

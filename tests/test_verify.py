@@ -480,21 +480,6 @@ def test_a_model_that_fails_is_told_with_mode_and_batch_size() -> None:
         compiled(Net(FixedBatch()), "first")
 
 
-class OwnTrain(Net):
-    """A train() of the whole model that the trainer of the stages does not call."""
-
-    def train(self, mode: bool = True) -> nn.Module:
-        super().train(mode)
-        self.special.eval()
-        return self
-
-
-def test_a_train_of_the_model_that_stages_do_not_have_is_noticed() -> None:
-    with pytest.raises(VerifyError, match="in train mode"):
-        compiled(OwnTrain(nn.BatchNorm1d(WIDTH)), "first")
-    assert compiled(OwnTrain(nn.Tanh()), "first").verification.is_verified
-
-
 def test_without_verification_every_stage_counts_as_random() -> None:
     program = compiled(Net(Tied()), "first", verify=False)
     assert not program.verification.is_verified

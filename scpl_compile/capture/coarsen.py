@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
+from scpl_compile.capture.arguments import without_defaults
 from scpl_compile.capture.captured import Capture, ModuleCall, Switch, blank_meta
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.capture.values import Fields
@@ -111,6 +112,7 @@ class _Builder:
     def __init__(self, capture: Capture, stage_of: Mapping[str, int]) -> None:
         self.graph = Graph()
         self.stages: dict[Node, int] = {}
+        self._model = capture.model
         self._stage_of = stage_of
         self._by_name = {node.name: node for node in capture.graph.nodes}
         self._attributes = {n.target: n for n in capture.graph.find_nodes(op="get_attr")}
@@ -141,7 +143,9 @@ class _Builder:
         call, nodes = collapse.call, collapse.nodes
         scope = nodes[0].meta["scope"][: nodes[0].meta["scope"].index(key)]
         stage = self._stage_of[nodes[0].name]
-        node = self._create("call_module", call.path, (call.args, dict(call.kwargs)), None)
+        module = self._model.get_submodule(call.path)
+        arguments = without_defaults(module, call.args, call.kwargs)
+        node = self._create("call_module", call.path, arguments, None)
         node.meta = blank_meta(node, scope)
         made = [node, *self._give(call.result, node, collapse)]
         for fine in collapse.given:

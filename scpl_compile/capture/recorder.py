@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from scpl_compile.capture.arguments import without_defaults
 from scpl_compile.capture.captured import ModuleCall
 from scpl_compile.capture.on_data import at_any_batch_size, run_on_data
 from scpl_compile.capture.opening import (
@@ -186,7 +187,8 @@ class _Recorder(TorchFunctionMode):
     def _call_whole(
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        node_args = self._argument(tuple(args)), self._argument(kwargs)
+        given = without_defaults(m, tuple(args), kwargs)
+        node_args = self._argument(given[0]), self._argument(given[1])
         mark = self._mark(m)
         with self._paused():
             try:

@@ -1,6 +1,7 @@
 """The batch size as a symbol, and what depends on it as nodes of the graph."""
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +55,15 @@ class BatchSymbols(ShapeEnv):
         self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any
     ) -> sympy.Basic:
         """The value of an expression, which it may or may not have at every batch size."""
-        with self.suppress_guards():
-            value = super().evaluate_expr(orig_expr, hint, *args, **kwargs)
-        if self._maybe_evaluate_static(orig_expr) is None:
+        profile = sys.getprofile()
+        sys.setprofile(None)  # what torch's own code does (it logs) is none of the user's
+        try:
+            with self.suppress_guards():
+                value = super().evaluate_expr(orig_expr, hint, *args, **kwargs)
+                is_known = self._maybe_evaluate_static(orig_expr) is not None
+        finally:
+            sys.setprofile(profile)
+        if not is_known:
             fixes = bool(
                 value.is_number
                 or (isinstance(orig_expr, sympy.Eq) and value is sympy.true)

@@ -135,12 +135,9 @@ class Trainer:
     def _check_schedule(self, schedule: str) -> str:
         allowed = allowed_schedules(self.plan)
         if schedule not in allowed:
-            method = "bp" if schedule == "bp" else "scpl"
             raise MethodError(
                 f"schedule {schedule!r} does not go with method {self.plan.method!r}, which allows "
-                f"{', '.join(allowed)}; for it, compile with: "
-                f"scpl compile {self.plan.model} --method {method} "
-                f"--input '{','.join(map(str, self.plan.inputs))}' -o DIR"
+                f"{', '.join(allowed)}; for it, {_compile_again(self.plan, schedule)}"
             )
         return schedule
 
@@ -333,6 +330,20 @@ class Trainer:
 
 def _batch_size(values: Mapping[str, Tensor]) -> int:
     return next(iter(values.values())).shape[0]
+
+
+def _compile_again(plan: Plan, schedule: str) -> str:
+    """How to get a program of the same model that allows `schedule`."""
+    method = "bp" if schedule == "bp" else "scpl"
+    if plan.source is None:
+        return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
+    config = ",".join(f"{key}={value}" for key, value in plan.source.config.items())
+    return (
+        f"compile with: scpl compile {plan.model} --method {method} "
+        f"--input '{','.join(map(str, plan.inputs))}' --stages {plan.num_stages} "
+        + (f"--config {config} " if config else "")
+        + "-o DIR"
+    )
 
 
 def _sends(plan: Plan, stage: int) -> tuple[str, ...]:

@@ -115,6 +115,8 @@ class _Check:
         self.model = model
         self.select_output = select_output
         self.found = _Findings()
+        # A model in training mode with modules in eval mode: somebody holds them there.
+        self.held = [m for m in model.modules() if not m.training] if model.training else []
         self.stages: list[nn.Module] = []
         if len(stages) != plan.num_stages:
             raise VerifyError(f"there are {len(stages)} stages, the plan has {plan.num_stages}")
@@ -129,10 +131,18 @@ class _Check:
         """By name: forward may have other parameters between its inputs."""
         return self.select_output(self.model(**self._inputs(inputs)))
 
-    def _train(self, training: bool) -> None:
-        """As the trainer does, so that a train() of the model that differs is noticed."""
+    def _start_training(self) -> None:
+        """As the trainer does: by the model's own train(), which may hold modules in eval mode."""
         for stage in self.stages:
-            stage.train(training)
+            stage.train()
+        self.model.train()
+        for module in self.held:
+            module.training = False
+
+    def _evaluate(self) -> None:
+        """As the trainer does, so that an eval() of the model that differs is noticed."""
+        for stage in self.stages:
+            stage.eval()
 
     def _chain(self, inputs: Sequence[Tensor], *, noting_randomness: bool = False) -> Tensor:
         """The output after running the stages in order, without cuts."""
@@ -168,12 +178,16 @@ class _Check:
         """The stages' output and the buffers they write are the model's."""
         mode = "train" if training else "eval"
         place = f"in {mode} mode at batch size {inputs[0].shape[0]}"
-        self.model.train(training)
+        if training:
+            self._start_training()
+        else:
+            self.model.eval()
         with torch.no_grad():
             with same_start(self.model), running(f"the model {place}"):
                 expected = self._eager(inputs)
                 buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-            self._train(training)
+            if not training:
+                self._evaluate()
             with same_start(self.model):
                 output = self._chain(inputs, noting_randomness=training)
                 for name, value in self.model.named_buffers():
@@ -191,11 +205,10 @@ class _Check:
     def gradients(self, inputs: tuple[Tensor, ...]) -> set[str]:
         """The logits' gradients are the model's; gives the parameters that train in the model."""
         leaves = dict(self.model.named_parameters())
-        self.model.train()
+        self._start_training()
         with same_start(self.model), running("backward through the model"):
             with taken_gradients(leaves) as expected:
                 weighted(self._eager(inputs)).backward()
-        self._train(True)
         with same_start(self.model), stops_open(self.stages), running("backward through stages"):
             with taken_gradients(leaves) as actual:
                 weighted(self._chain(inputs)).backward()
