@@ -161,15 +161,16 @@ class Golden:
     """A model and the options with which it is compiled."""
 
     model: str
-    inputs: str
-    split_at: tuple[str, ...]
+    inputs: str | None
+    split_at: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def compile(self, out: Path | None = None, **options: Any) -> Program:
         """The program, written to `out`."""
         torch.manual_seed(0)
         return compile_model(
-            f"golden_models:{self.model}", self.inputs, num_classes=NUM_CLASSES, batch_size=8,
+            self.model if ":" in self.model else f"golden_models:{self.model}",
+            self.inputs, num_classes=NUM_CLASSES, batch_size=8,
             split_at=self.split_at, threads_per_stage=1, out=out, **self.options, **options,
         )  # fmt: skip
 
@@ -205,6 +206,29 @@ GOLDEN: Mapping[str, Golden] = {
         inputs="3x8x8",
         split_at=("layers.0",),
         options={"preset": "paper", "options": {"hidden": 16, "out": 32}},
+    ),
+    # Models that people use: are their programs such as a person would write?
+    "resnet50": Golden(model="torchvision:resnet50", inputs="3x32x32", options={"num_stages": 4}),
+    "vit_b_16": Golden(
+        model="torchvision:vit_b_16",
+        inputs="3x32x32",
+        options={"config": {"image_size": 32}, "num_stages": 3},
+    ),
+    "mobilevit": Golden(model="timm:mobilevit_xxs", inputs="3x64x64", options={"num_stages": 2}),
+    "bert": Golden(
+        model="hf:bert",
+        inputs=None,
+        options={
+            "config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "vocab_size": 500,
+                "max_position_embeddings": 32,
+            },
+            "num_stages": 2,
+        },
     ),
 }
 

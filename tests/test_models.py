@@ -21,7 +21,7 @@ from benchmarks.programs.main import (
 from scpl_compile import Program
 from scpl_compile.partition import PartitionProblem, partition
 
-TOLERANCE = 0.03
+TOLERANCE = 0.06
 """By which the partitioner may leave the best cut for a cleaner one."""
 
 RUN = [

@@ -141,7 +141,8 @@ def _kind(error: str) -> str:
     """An error with names and numbers taken out, so that equal ones fall together."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", error)
     text = re.sub(r"\([^()]*\.\. [^()]*\)", "(…)", text)
-    return re.sub(r"\b\d+(\.\d+)?%?", "#", text)[:160]
+    text = re.sub(r"\w+For\w+|\w+\.py:\d+|(?<=out: )\S+(?= is not)", "…", text)
+    return re.sub(r"\b\d+(\.\d+)?(e-\d+)?%?", "#", text)[:160]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -43,12 +43,19 @@ class Partition:
         return self.bottleneck_us / self.lower_bound_us - 1
 
 
-def partition(problem: PartitionProblem, num_stages: int, *, tolerance: float = 0.03) -> Partition:
+def partition(
+    problem: PartitionProblem,
+    num_stages: int,
+    *,
+    tolerance: float = 0.03,
+    worth: float = 2.0,
+) -> Partition:
     """Cut into `num_stages` stages, the bottleneck at most 1 + `tolerance` times the optimum.
 
     Within the tolerance the cuts with the least total penalty win, so that a clean place (between
-    blocks, one tensor, few bytes) is preferred to a slightly better balance. Every stage has a
-    node that trains.
+    blocks, one tensor, few bytes) is preferred to a slightly better balance. Where `worth` less
+    penalty (a tensor fewer, two modules fewer that are cut open) can be had, the tolerance is
+    doubled. Every stage has a node that trains.
 
     Raises PartitionError where the graph cannot give so many stages, with the most it can give.
     """
@@ -56,6 +63,9 @@ def partition(problem: PartitionProblem, num_stages: int, *, tolerance: float = 
         raise PartitionError(f"tolerance is {tolerance}; give a share of 0 or more, such as 0.03")
     folded = fold(problem)
     solution = _solve(problem, folded, num_stages, tolerance)
+    cleaner = _solve(problem, folded, num_stages, 2 * tolerance)
+    if _penalty(problem, cleaner) <= _penalty(problem, solution) - worth:
+        solution = cleaner
     return _partition(problem, folded, solution.cuts, solution.optimum_us, "chain-dp")
 
 
@@ -102,6 +112,10 @@ def _solve(
         penalty=problem.penalty,
         tolerance=tolerance,
     )
+
+
+def _penalty(problem: PartitionProblem, solution: ChainSolution) -> float:
+    return fsum(problem.penalty[cut] for cut in solution.cuts)
 
 
 def _partition(
