@@ -74,7 +74,12 @@ OUTPUT = "output differs from the model's"
 MUTATIONS = [
     *mutations(
         "nested_cnn",
-        ("another variable is passed", "stem + layers_0_norm2", "stem + layers_0_conv2", OUTPUT),
+        (
+            "another variable is passed",
+            "stem + layers_0_norm2",
+            "stem + layers_0_conv2",
+            OUTPUT + r".*first module.*'layers\.1\.conv1' \(Conv2d",
+        ),
         (
             "a module is skipped",
             "layers_0_norm1 = self.layers[0].norm1(layers_0_conv1)",
@@ -85,7 +90,7 @@ MUTATIONS = [
             "a module is called twice",
             "layers_0_conv1 = self.layers[0].conv1(stem)",
             "layers_0_conv1 = self.layers[0].conv1(self.layers[0].conv1(stem))",
-            OUTPUT,
+            OUTPUT + r".*first module.*'layers\.0\.norm1' \(BatchNorm2d, 3x6x8x8\)",
         ),
         (
             "another module of the model is used",
@@ -449,7 +454,7 @@ def test_verify_finds_the_mutation(mutation: Mutation, golden: Compile, tmp_path
         verified(program, text, tmp_path)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", [name for name in GOLDEN if ":" not in GOLDEN[name].model])
 def test_verify_finds_nothing_in_the_text_as_it_is(
     name: str, golden: Compile, tmp_path: Path
 ) -> None:

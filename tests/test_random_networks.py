@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from scpl_compile import Program, compile_model
-from scpl_compile.errors import PartitionError, ScplError
+from scpl_compile.errors import MethodError, PartitionError, ScplError
 from scpl_compile.sources import example_inputs
 from test_mutations import text_of, verified
 
+GENERATE = (Phase.generate,)  # a failing example is small; compiling smaller ones takes minutes
 BATCH = 6
 WIDTH = 6
 
@@ -188,15 +189,17 @@ def cut_at_random(recipe: Recipe, frontend: str, num_stages: int, cut: int | Non
 
 
 @pytest.mark.parametrize("frontend", ["fx", "record"])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True, phases=GENERATE)
 @given(recipe=RECIPES, num_stages=st.integers(2, 4), cut=st.none() | st.integers(0, 30))
 def test_a_random_network_trains_as_it_does(
     frontend: str, recipe: Recipe, num_stages: int, cut: int | None
 ) -> None:
     try:
         program = cut_at_random(recipe, frontend, num_stages, cut)
-    except PartitionError as error:  # too few places for so many stages, or a step without effect
-        assert re.search("place.? to cut|is no module|belong in one stage|trains", str(error))
+    except (PartitionError, MethodError) as error:  # too few places to cut, a dead step
+        assert re.search(
+            "place.? to cut|is no module|belong in one stage|trains|nothing could train", str(error)
+        )
         return
     assert program.plan.opaque == ()
     assert program.verification.is_verified
@@ -244,7 +247,9 @@ def wrong_edges(text: str) -> Iterator[Edit]:
 
 def extra_detaches(text: str) -> Iterator[Edit]:
     for function in functions(text, "forward"):
-        yield from (place(node, f"{node.id}.detach()") for node, _ in reads(function))
+        for node, _ in reads(function):
+            if node.id != "x":  # the input has no gradient
+                yield place(node, f"{node.id}.detach()")
 
 
 def missing_detaches(text: str) -> Iterator[Edit]:
@@ -280,14 +285,14 @@ def edited(text: str, edit: Edit) -> str:
 
 
 @pytest.mark.parametrize("what", MUTATIONS)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True, phases=GENERATE)
 @given(recipe=RECIPES, choice=st.integers(0, 1000), frontend=st.sampled_from(["fx", "record"]))
 def test_verify_finds_a_mutation_of_a_random_program(
     what: str, recipe: Recipe, choice: int, frontend: str
 ) -> None:
     try:
         program = compiled(recipe, frontend, num_stages=2)
-    except PartitionError:
+    except (PartitionError, MethodError):
         return
     text = text_of(program)
     edits = list(MUTATIONS[what](text))

@@ -73,7 +73,29 @@ def _collapses(capture: Capture, stage_of: Mapping[str, int]) -> dict[str, _Coll
         one_stage = len({stage_of[node.name] for node in nodes}) == 1
         if one_stage and given is not None and _is_writable(call, known):
             found[key] = _Collapse(call, nodes, given)
+    while lost := [key for key in found if not _has_arguments(found[key], found, stage_of)]:
+        found = {key: collapse for key, collapse in found.items() if key not in lost}
     return found
+
+
+def _has_arguments(
+    collapse: _Collapse, found: Mapping[str, _Collapse], stage_of: Mapping[str, int]
+) -> bool:
+    """Whether what the call is given is at hand, also where it makes no use of it.
+
+    A value that nothing uses may be hidden in another call, or lie in an earlier stage.
+    """
+    scope, stage = collapse.nodes[0].meta["scope"], stage_of[collapse.nodes[0].name]
+    for leaf in _leaves((collapse.call.args, dict(collapse.call.kwargs))):
+        if not isinstance(leaf, Node) or leaf.name not in stage_of:
+            continue
+        key = next((k for k in leaf.meta["scope"] if k in found), None)
+        if key is not None and key not in scope and leaf not in found[key].given:
+            return False
+        last_use = max((stage_of.get(user.name, stage) for user in leaf.users), default=-1)
+        if max(last_use, stage_of[leaf.name]) < stage:
+            return False
+    return True
 
 
 def _given(call: ModuleCall, nodes: list[Node]) -> list[Node] | None:

@@ -177,10 +177,27 @@ def _common(a: Scope, b: Scope) -> Scope:
 
 
 def _remove_dead_nodes(graph: Graph) -> None:
-    """Remove reads of attributes and shapes that nothing uses."""
+    """Remove reads of attributes and shapes that nothing uses, and checks of shapes."""
     for node in reversed(graph.nodes):
-        if not node.users and _is_pure(node):
+        if not node.users and (_is_pure(node) or _is_shape_check(node)):
             graph.erase_node(node)
+
+
+def _is_shape_check(node: Node) -> bool:
+    """Whether `node` asserts something about sizes alone, which capture has seen to hold."""
+    return node.target is torch._assert and _is_of_sizes(node.args[0])
+
+
+def _is_of_sizes(value: Any) -> bool:
+    """Whether `value` is a constant, a size, or computed from these."""
+    if not isinstance(value, Node):
+        return True
+    if value.op == "call_method":
+        return value.target in ("size", "dim", "numel")
+    if value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    is_operator = getattr(value.target, "__module__", "") == "_operator"
+    return is_operator and bool(value.args) and all(map(_is_of_sizes, value.args))
 
 
 def _is_pure(node: Node) -> bool:

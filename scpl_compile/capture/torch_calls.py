@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from scpl_compile.capture.proxies import IN_PLACE
+
 __all__ = ["property_name", "torch_call", "writes_first_argument"]
 
 _INFIX: Final[Mapping[str, Any]] = MappingProxyType(
@@ -40,8 +42,8 @@ _PREFIX: Final[Mapping[str, Any]] = MappingProxyType(
     {"neg": operator.neg, "__neg__": operator.neg, "__invert__": operator.invert,
      "bitwise_not": operator.invert}
 )  # fmt: skip
-_IN_PLACE = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv,
-                       operator.setitem})  # fmt: skip
+_IN_PLACE = frozenset({*IN_PLACE, operator.setitem})
+_IN_PLACE_NAMES = frozenset(f"__{function.__name__}__" for function in _IN_PLACE) | {"__set__"}
 
 
 def property_name(function: Any) -> str:
@@ -73,6 +75,6 @@ def torch_call(
 def writes_first_argument(target: Any) -> bool:
     """Whether a function, or a node's target, writes its first argument in place, by its name."""
     name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
-    if target in _IN_PLACE or name in ("__setitem__", "__set__"):
+    if target in _IN_PLACE or name in _IN_PLACE_NAMES:
         return True
     return name.endswith("_") and not name.endswith("__")

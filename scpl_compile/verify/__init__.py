@@ -39,6 +39,7 @@ from scpl_compile.verify.compare import (
     undisturbed,
     weighted,
 )
+from scpl_compile.verify.locate import first_difference
 from scpl_compile.verify.step import StepCheck, named_outputs
 
 __all__ = ["verify"]
@@ -139,6 +140,13 @@ class _Check:
         for module in self.held:
             module.training = False
 
+    def _begin(self, *, training: bool) -> None:
+        """The mode in which the model is run."""
+        if training:
+            self._start_training()
+        else:
+            self.model.eval()
+
     def _evaluate(self) -> None:
         """As the trainer does, so that an eval() of the model that differs is noticed."""
         for stage in self.stages:
@@ -178,10 +186,7 @@ class _Check:
         """The stages' output and the buffers they write are the model's."""
         mode = "train" if training else "eval"
         place = f"in {mode} mode at batch size {inputs[0].shape[0]}"
-        if training:
-            self._start_training()
-        else:
-            self.model.eval()
+        self._begin(training=training)
         with torch.no_grad():
             with same_start(self.model), running(f"the model {place}"):
                 expected = self._eager(inputs)
@@ -195,9 +200,13 @@ class _Check:
                         raise VerifyError(f"buffer {name!r} differs after a forward {place}")
         worst = difference(output, expected)
         if worst > RTOL:
+            self._begin(training=training)
+            first = first_difference(
+                self.model, lambda: self._eager(inputs), lambda: self._chain(inputs)
+            )
             raise VerifyError(
                 f"the stages' output differs from the model's {place} by {worst:.1e} of its "
-                f"largest element (allowed {RTOL:.0e})"
+                f"largest element (allowed {RTOL:.0e}); {first}"
             )
         figures, key = self.found.figures, f"forward_{mode}"
         figures[key] = max(float(figures.get(key, 0.0)), worst)

@@ -68,9 +68,6 @@ class Stage0(nn.Module):
         getitem = getattr_1[0]
         expand = self.class_token.expand(getitem, -1, -1)
         cat = torch.cat([expand, permute], dim=1)
-        dim = cat.dim()
-        eq = dim == 3
-        torch._assert(eq, "Expected (batch_size, seq_length, hidden_dim) got Proxy(getattr_2)")
         add = cat + self.encoder.pos_embedding
         encoder_dropout = self.encoder.dropout(add)
         encoder_layers_encoder_layer_0 = self.encoder.layers.encoder_layer_0(encoder_dropout)
