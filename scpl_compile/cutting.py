@@ -1,6 +1,7 @@
 """A model's graph and where it is cut: the frontends are tried until one allows a balanced cut."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
 
@@ -103,10 +104,11 @@ def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting,
     fine = keep_output(fine, path)
     costs = node_costs(fine, request.device)
     problem = cut_problem(fine, costs, request.method, num_classes, request.device)
-    if request.split_at:
-        found = split_at(problem, split_nodes(fine, request.split_at))
-    else:
-        found = partition(problem, request.num_stages)
+    with _telling_opaque(fine, costs):
+        if request.split_at:
+            found = split_at(problem, split_nodes(fine, request.split_at))
+        else:
+            found = partition(problem, request.num_stages)
     cutting = Cutting(
         capture=fine,
         output=path,
@@ -115,6 +117,22 @@ def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting,
         partition=found,
     )
     return cutting, bool(request.split_at) or _is_balanced(fine, costs, found.stage_us)
+
+
+@contextmanager
+def _telling_opaque(fine: Capture, costs: Mapping[str, NodeCost]) -> Iterator[None]:
+    """Adds to a PartitionError why the costliest module that was kept whole was not opened."""
+    try:
+        yield
+    except PartitionError as error:
+        reasons = dict(fine.opaque)
+        whole = [n for n in fine.compute_nodes if n.op == "call_module" and n.target in reasons]
+        if not whole:
+            raise
+        path = str(max(whole, key=lambda node: costs[node.name].total_us).target)
+        raise PartitionError(
+            f"{error}; {path or 'the model'!r} was kept whole: {reasons[path]}"
+        ) from error
 
 
 def _is_balanced(fine: Capture, costs: Mapping[str, NodeCost], stage_us: Sequence[float]) -> bool:

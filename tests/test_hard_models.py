@@ -194,7 +194,7 @@ def test_the_other_frontend_is_tried_where_the_first_fails() -> None:
 class Hard:
     """A network, its inputs, how it is compiled, and parts of the messages by which it is refused.
 
-    refused: frontend -> a part of the message. frozen: parameters that no training moves.
+    refused: frontend -> a part of the message.
     """
 
     build: Callable[[], nn.Module]

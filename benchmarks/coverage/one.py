@@ -39,7 +39,7 @@ from benchmarks.coverage.zoo import ZOO, Entry, config_of  # noqa: E402
 from scpl_compile.capture import capture  # noqa: E402
 from scpl_compile.cost import DEVICES  # noqa: E402
 from scpl_compile.errors import ScplError  # noqa: E402
-from scpl_compile.ir import Plan  # noqa: E402
+from scpl_compile.ir import Plan, Stage  # noqa: E402
 from scpl_compile.methods.cuts import loss_us  # noqa: E402
 from scpl_compile.sources import derive_inputs, load_model  # noqa: E402
 
@@ -48,6 +48,8 @@ __all__ = ["LIMIT", "NUM_STAGES", "Outcome", "Row", "answer", "as_json", "run_on
 NUM_STAGES = (2, 4)
 LIMIT = 1.25
 """A row counts if the costliest stage is at most this many times the best possible."""
+_NOTABLE = 0.1
+"""Of the whole cost: a module of less is not why a stage costs too much."""
 _PATH = re.compile(r"(?:/[\w.+@~-]+)+/")
 
 
@@ -174,7 +176,7 @@ def _judge(row: Row, plans: Sequence[Plan], model: nn.Module) -> None:
         outcome = _outcome(plan, model, items)
         row.outcomes[plan.num_stages] = outcome
         if not outcome.counts and not row.error:
-            row.error, row.error_type = _unbalanced(plan, outcome, pieces), "Unbalanced"
+            row.error, row.error_type = _unbalanced(plan, outcome, pieces, model), "Unbalanced"
 
 
 def _outcome(plan: Plan, model: nn.Module, items: Sequence[float]) -> Outcome:
@@ -188,36 +190,59 @@ def _outcome(plan: Plan, model: nn.Module, items: Sequence[float]) -> Outcome:
     )
 
 
-def _unbalanced(plan: Plan, outcome: Outcome, pieces: Sequence[Piece]) -> str:
+def _unbalanced(plan: Plan, outcome: Outcome, pieces: Sequence[Piece], model: nn.Module) -> str:
     """Which stage costs too much, why, and what to do."""
     k = outcome.stage_us.index(max(outcome.stage_us))
     if not outcome.trains:
         return f"{plan.num_stages} stages: a stage holds no parameters that train; ask for fewer"
-    nodes = plan.stages[k].nodes
+    nodes, cause = plan.stages[k].nodes, _cause(plan.stages[k], plan, pieces, model)
     return (
         f"{plan.num_stages} stages: stage {k} ({nodes[0]} .. {nodes[-1]}) costs "
-        f"{outcome.ratio:.2f} times the best possible; {_cause(plan, pieces)}"
+        f"{outcome.ratio:.2f} times the best possible; {cause}"
     )
 
 
-def _cause(plan: Plan, pieces: Sequence[Piece]) -> str:
-    """What keeps the most cost together."""
-    shares = {path: opaque_share(pieces, [path]) for path, _ in plan.opaque}
-    path, reason = max(plan.opaque, key=lambda item: shares[item[0]], default=("", ""))
+def _cause(stage: Stage, plan: Plan, pieces: Sequence[Piece], model: nn.Module) -> str:
+    """What keeps together what is in a stage: a module called again, a tied parameter, or one that
+    was kept whole; as a clause with the remedy.
+    """
     calls = Counter(path for path, _ in {(p.path, p.call) for p in pieces if p.is_leaf})
-    again = [name for name, count in calls.items() if count > 1]
-    if again and opaque_share(pieces, again) > shares.get(path, 0.0):
+    trained = {name for name in calls if any(True for _ in model.get_submodule(name).parameters())}
+    again = [name for name in trained if calls[name] > 1 and _holds(stage, name)]
+    tied = _tied_names(model, set(stage.parameters))
+    whole = [item for item in plan.opaque if _holds(stage, item[0])]
+    shares = {path: opaque_share(pieces, [path]) for path, _ in whole}
+    path, reason = max(whole, key=lambda item: shares[item[0]], default=("", ""))
+    if shares.get(path, 0.0) > _NOTABLE:
+        return (
+            f"{path!r} was kept whole ({shares[path]:.0%} of the cost): {reason}; change that "
+            "code, or ask for fewer stages"
+        )
+    if again:
         name = max(again, key=lambda name: opaque_share(pieces, [name]))
         return (
             f"{name!r} is called {calls[name]} times, which keeps what lies between in one stage: "
             "give every call a module of its own, or ask for fewer stages"
         )
-    if shares:
+    if tied:
         return (
-            f"{path!r} was kept whole ({shares[path]:.0%} of the cost): {reason}; change that "
-            "code, or ask for fewer stages"
+            f"{' and '.join(tied)} are one parameter, which keeps what lies between in one stage: "
+            "give each its own, or ask for fewer stages"
         )
-    return "no place nearer to the best one allows a cut: ask for fewer stages, or name places"
+    return "no better place allows a cut: ask for fewer stages, or name places with --split-at"
+
+
+def _holds(stage: Stage, path: str) -> bool:
+    return any(f"{path}.".startswith(f"{n}.") or n.startswith(f"{path}.") for n in stage.nodes)
+
+
+def _tied_names(model: nn.Module, owned: set[str]) -> tuple[str, ...]:
+    """Two names of the first parameter in `owned` that has several."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := first.setdefault(id(parameter), name)) != name and other in owned:
+            return other, name
+    return ()
 
 
 def without_paths(text: str) -> str:

@@ -65,13 +65,14 @@ def _collapses(capture: Capture, stage_of: Mapping[str, int]) -> dict[str, _Coll
     for node in capture.compute_nodes:
         for key in node.meta["scope"]:
             inside[key].append(node)
+    alive = set(capture.graph.nodes)
     known = {node.target for node in capture.graph.find_nodes(op="get_attr")}
     found = {}
     for key, nodes in inside.items():
         call = capture.calls[key]
         given = _given(call, nodes)
         one_stage = len({stage_of[node.name] for node in nodes}) == 1
-        if one_stage and given is not None and _is_writable(call, known):
+        if one_stage and given is not None and _is_writable(call, known, alive):
             found[key] = _Collapse(call, nodes, given)
     while lost := [key for key in found if not _has_arguments(found[key], found, stage_of)]:
         found = {key: collapse for key, collapse in found.items() if key not in lost}
@@ -117,11 +118,11 @@ def _given(call: ModuleCall, nodes: list[Node]) -> list[Node] | None:
     return [node for node in nodes if node in given]
 
 
-def _is_writable(call: ModuleCall, known_attributes: set[Any]) -> bool:
+def _is_writable(call: ModuleCall, known_attributes: set[Any], alive: set[Node]) -> bool:
     """Whether the arguments of a call are values of the graph and constants."""
     for leaf in _leaves((call.args, dict(call.kwargs))):
         if isinstance(leaf, Node):
-            if leaf.op == "get_attr" and leaf.target not in known_attributes:
+            if leaf.target not in known_attributes if leaf.op == "get_attr" else leaf not in alive:
                 return False
         elif not isinstance(leaf, _CONSTANTS):
             return False

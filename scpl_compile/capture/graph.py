@@ -168,7 +168,7 @@ def _writes(capture: Capture) -> dict[str, tuple[int, ...]]:
 
 def _carries_gradient(node: Node) -> bool:
     meta = node.meta["tensor"]
-    return meta is not None and meta.requires_grad
+    return meta is not None and meta.requires_grad and meta.nbytes > 0
 
 
 def _batchless_sources(capture: Capture) -> dict[Node, frozenset[Node]]:

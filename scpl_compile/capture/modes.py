@@ -2,11 +2,11 @@
 
 Functional code that reads `self.training` (F.dropout(training=self.training), `if self.training:`)
 would be frozen as it was while tracing. Where the two graphs differ, the innermost opened module
-whose own code made the difference is kept whole; the model's own forward cannot be, so there a
-constant that differs becomes a Switch, and anything else is refused.
+whose own code made the difference is kept whole. One that holds other opened modules (an encoder
+with its layers) stays open if only constants differ, which become Switches; so it is with the
+model's own forward, where anything else that differs is refused.
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from scpl_compile.capture.captured import Switch
 from scpl_compile.capture.opening import Trace
-from scpl_compile.capture.proxies import IN_PLACE
+from scpl_compile.capture.pure import is_pure
 from scpl_compile.capture.state import preserved
 from scpl_compile.errors import TraceError
 from scpl_compile.ir import InputSpec
@@ -27,13 +27,6 @@ from scpl_compile.ir import InputSpec
 __all__ = ["trace"]
 
 _READS_TRAINING = "depends on self.training"
-_PURE_METHODS = frozenset(
-    "size dim numel __getitem__ to view reshape expand unsqueeze transpose".split()
-)
-_FACTORIES = frozenset(
-    {torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace}
-)
-
 _CONSTANTS = (bool, int, float, str, type(None))
 
 Scope = tuple[str, ...]
@@ -66,7 +59,7 @@ def trace(
             if not differing:
                 break
             opaque |= dict.fromkeys(differing, _READS_TRAINING)
-    _remove_dead_nodes(training.graph)
+    _remove_dead_nodes(training)
     called = dict.fromkeys(str(n.target) for n in training.graph.find_nodes(op="call_module"))
     return training, tuple((path, opaque[path]) for path in called if path in opaque)
 
@@ -79,21 +72,23 @@ def _is_stale(trace: Trace, opaque: Mapping[str, str]) -> bool:
 def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
     """Paths of the modules whose own code differs between the traces; empty if none does.
 
-    Constants that differ in the model's own forward become Switch in the training graph.
+    Constants that differ where that is allowed become Switch in the training graph.
     """
     own_training, own_evaluation = _own_code(training.graph), _own_code(evaluation.graph)
     scopes = {
         scope
         for scope in own_training.keys() & own_evaluation.keys()
-        if scope and own_training[scope] != own_evaluation[scope]
+        if scope
+        and own_training[scope] != own_evaluation[scope]
+        and not _differs_in_constants(own_training[scope], own_evaluation[scope])
     }
     if not scopes:
         pairs = list(zip_longest(own_training[()], own_evaluation[()], fillvalue=("", "its end")))
         for one, other in pairs:
             if one[:2] != other[:2]:
                 raise _root_error(one[1] if one[0] else other[1])
-        _switch_constants(training.graph, evaluation.graph)
-        scopes = _differing_wiring(training.graph, evaluation.graph)
+        scopes = _switch_constants(training.graph, evaluation.graph)
+        scopes = scopes or _differing_wiring(training.graph, evaluation.graph)
     return {training.calls[scope[-1]].path for scope in scopes}
 
 
@@ -105,11 +100,27 @@ def _root_error(target: Any) -> TraceError:
     )
 
 
-def _switch_constants(training: Graph, evaluation: Graph) -> None:
-    """Let constants that differ depend on the mode; the graphs have the same nodes."""
+def _differs_in_constants(one: list[Any], other: list[Any]) -> bool:
+    """Whether a module that opens others makes the same nodes and calls in both modes."""
+    opens = any(entry[0] == "call" for entry in one)
+    return opens and [entry[:2] for entry in one] == [entry[:2] for entry in other]
+
+
+def _switch_constants(training: Graph, evaluation: Graph) -> set[Scope]:
+    """Let constants that differ depend on the mode; the graphs have the same nodes.
+
+    Gives the scopes where something differs that is no constant.
+    """
+    scopes: set[Scope] = set()
     for one, other in zip(training.nodes, evaluation.nodes, strict=True):
-        one.args = _merged(one.args, other.args, one)
-        one.kwargs = _merged(one.kwargs, other.kwargs, one)
+        try:
+            args = _merged(one.args, other.args, one)
+            one.args, one.kwargs = args, _merged(one.kwargs, other.kwargs, one)
+        except TraceError:
+            if not one.meta["scope"]:
+                raise
+            scopes.add(one.meta["scope"])
+    return scopes
 
 
 def _merged(one: Any, other: Any, node: Node) -> Any:
@@ -176,11 +187,14 @@ def _common(a: Scope, b: Scope) -> Scope:
     return a[:length] if length is not None else min(a, b, key=len)
 
 
-def _remove_dead_nodes(graph: Graph) -> None:
-    """Remove reads of attributes and shapes that nothing uses, and checks of shapes."""
-    for node in reversed(graph.nodes):
-        if not node.users and (_is_pure(node) or _is_shape_check(node)):
-            graph.erase_node(node)
+def _remove_dead_nodes(trace: Trace) -> None:
+    """Remove what nothing uses and checks of shapes; what a module was given stays."""
+    given: set[Node] = set()
+    for call in trace.calls.values():
+        map_arg((call.args, dict(call.kwargs)), given.add)
+    for node in reversed(trace.graph.nodes):
+        if not node.users and node not in given and (is_pure(node) or _is_shape_check(node)):
+            trace.graph.erase_node(node)
 
 
 def _is_shape_check(node: Node) -> bool:
@@ -198,14 +212,3 @@ def _is_of_sizes(value: Any) -> bool:
         return value.args[1] in ("shape", "ndim")
     is_operator = getattr(value.target, "__module__", "") == "_operator"
     return is_operator and bool(value.args) and all(map(_is_of_sizes, value.args))
-
-
-def _is_pure(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _PURE_METHODS
-    if node.op == "call_function":
-        operators = getattr(node.target, "__module__", "") == "_operator"
-        if node.target is getattr or node.target in _FACTORIES:
-            return True
-        return operators and node.target not in (*IN_PLACE, operator.setitem)
-    return node.op == "get_attr"

@@ -53,7 +53,7 @@ from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.state import ModelState, RandomState
 from scpl_compile.capture.symbols import BatchSymbols, expression_nodes
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
-from scpl_compile.capture.values import Fields, leaves, parts, plain_fields
+from scpl_compile.capture.values import Fields, leaves, only_nodes, parts, plain_fields
 from scpl_compile.capture.watch import unwatched, watched
 from scpl_compile.ir import InputSpec
 
@@ -114,6 +114,7 @@ class _Recorder(TorchFunctionMode):
         self._guess = ""
         env = BatchSymbols(self._on_guess)
         self._fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        self._fake.cache_enabled = False  # what it remembers of a call, it asks nothing about
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._paths = {id(m): path for path, m in model.named_modules()}
         self._names = {id(b): name for name, b in model.named_buffers()}
@@ -147,7 +148,7 @@ class _Recorder(TorchFunctionMode):
             raise root_error(model, reason or phrase(error), place(error)) from error
         if reason:
             raise root_error(model, reason, "")
-        self._node("output", "output", (self._argument(plain_fields(result)),), {})
+        self._node("output", "output", (only_nodes(self._nodes(plain_fields(result))),), {})
         return Trace(graph=self._graph, calls=self._calls)
 
     def _placeholder(self, spec: InputSpec) -> Tensor:

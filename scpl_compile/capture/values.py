@@ -5,7 +5,9 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["Fields", "leaves", "parts", "plain_fields"]
+from torch.fx import Node
+
+__all__ = ["Fields", "leaves", "only_nodes", "parts", "plain_fields"]
 
 
 class Fields(dict[str, Any]):
@@ -40,3 +42,12 @@ def leaves(value: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield value
+
+
+def only_nodes(value: Any) -> Any:
+    """Nested mappings and sequences with None for what is no node (a cache, a loss that is off)."""
+    if isinstance(value, Mapping):
+        return {key: only_nodes(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [only_nodes(item) for item in value]
+    return value if isinstance(value, Node) else None

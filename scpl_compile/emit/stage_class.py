@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from scpl_compile.capture import BATCH, DEVICE, Capture
-from scpl_compile.capture.normalize import is_field_read
+from scpl_compile.capture.pure import is_pure
 from scpl_compile.emit.expressions import (
     argument,
     attribute,
@@ -164,12 +164,12 @@ class StageWriter:
     def _needed(self) -> tuple[list[fx.Node], set[str]]:
         """The nodes to write, and the names of those that are read.
 
-        A size that only other stages read is left out: they find it themselves.
+        What nothing reads is left out, and a size that only other stages read.
         """
         read = set(self._stage.outputs)
         nodes = []
         for node in reversed(self._nodes):
-            if node.name in read or not (is_field_read(node) or "recipe" in node.meta):
+            if node.name in read or not (is_pure(node) or "recipe" in node.meta):
                 nodes.append(node)
                 read |= {source.name for source in node.all_input_nodes}
         return nodes[::-1], read

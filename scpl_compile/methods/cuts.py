@@ -77,12 +77,16 @@ def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
     groups = tied_groups(capture)
     parameters = node_parameters(capture)
     trained = {name for name, p in capture.model.named_parameters() if p.requires_grad}
+    trains = {n for n in capture.compute_nodes if not trained.isdisjoint(parameters[n.name])}
+    for node in capture.compute_nodes:
+        if node in trains and not costs[node.name].total_us:  # weight.reshape(…): its reader trains
+            trains |= set(node.users)
     for node in capture.compute_nodes:
         graph.add_node(
             node.name,
             cost_us=costs[node.name].total_us,
             group=groups.get(node.name),
-            trainable=not trained.isdisjoint(parameters[node.name]),
+            trainable=node in trains,
         )
     for node in capture.compute_nodes:
         graph.add_edges_from(

@@ -67,7 +67,7 @@ def _gradient_values(nodes: Iterable[fx.Node]) -> tuple[Value, ...]:
     found = tuple(
         Value(name=name, meta=meta)
         for name, meta in metas
-        if meta is not None and meta.requires_grad
+        if meta is not None and meta.requires_grad and meta.nbytes
     )
     return tuple(value for value in found if value.meta.batch_dim is not None) or found
 

@@ -30,7 +30,7 @@ def call_of(code: Callable[..., Any], *given: Any) -> tuple[Any, tuple[Any, ...]
 
 
 X, Y = torch.tensor([3.0, 5.0]), torch.tensor([2.0, 4.0])
-I, J = torch.tensor([3, 5]), torch.tensor([2, 1])
+INT, OTHER = torch.tensor([3, 5]), torch.tensor([2, 1])
 A = torch.eye(2)
 
 OPERATORS = [
@@ -39,12 +39,14 @@ OPERATORS = [
     (operator.truediv, 1, X), (operator.floordiv, X, 2), (operator.floordiv, 7, X),
     (operator.mod, X, 2), (operator.mod, 7, X), (operator.pow, X, 2), (operator.pow, 2, X),
     (operator.matmul, A, X), (operator.eq, X, Y), (operator.ne, X, 3), (operator.lt, X, Y),
-    (operator.le, 3, X), (operator.gt, X, 3), (operator.ge, X, Y), (operator.and_, I, J),
-    (operator.or_, I, J), (operator.xor, I, 1), (operator.and_, 1, I), (operator.lshift, I, J),
-    (operator.rshift, I, 1), (operator.iadd, X, Y), (operator.isub, X, 1), (operator.imul, X, Y),
+    (operator.le, 3, X), (operator.gt, X, 3), (operator.ge, X, Y), (operator.and_, INT, OTHER),
+    (operator.or_, INT, OTHER), (operator.xor, INT, 1), (operator.and_, 1, INT),
+    (operator.lshift, INT, OTHER),
+    (operator.rshift, INT, 1), (operator.iadd, X, Y), (operator.isub, X, 1), (operator.imul, X, Y),
     (operator.itruediv, X, 2), (operator.ifloordiv, X, 2), (operator.imod, X, 2),
-    (operator.ipow, X, 2), (operator.iand, I, J), (operator.ior, I, J), (operator.ixor, I, J),
-    (operator.ilshift, I, 1), (operator.irshift, I, 1),
+    (operator.ipow, X, 2), (operator.iand, INT, OTHER), (operator.ior, INT, OTHER),
+    (operator.ixor, INT, OTHER),
+    (operator.ilshift, INT, 1), (operator.irshift, INT, 1),
 ]  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def test_what_the_user_wrote() -> None:
         lambda x: 1 - x, X
     ) == ("call_function", operator.sub)
     assert written(lambda x: -x, X) == ("call_function", operator.neg)
-    assert written(lambda x: ~x, I) == ("call_function", operator.invert)
+    assert written(lambda x: ~x, INT) == ("call_function", operator.invert)
     assert written(lambda x: x[0], X) == ("call_function", operator.getitem)
     assert written(lambda x: x.view(2, 1), X) == ("call_method", "view")
     assert written(lambda x: x.add(1, alpha=2), X) == ("call_method", "add")
