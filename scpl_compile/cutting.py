@@ -72,13 +72,19 @@ def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
         PartitionError: no graph has such a cut.
     """
     best: Cutting | None = None
+    reasons: list[str] = []  # why modules were kept whole, or the model refused
     failure: TraceError | PartitionError | None = None
     for frontend in [request.frontend] if request.frontend else FRONTENDS:
+        is_last_resort = frontend == "record-second-call" and not request.frontend
+        if is_last_resort and not any("changes its attribute" in text for text in reasons):
+            break
         try:
             found, is_balanced = _cut(model, request, frontend)
         except (TraceError, PartitionError) as error:
-            failure = error
+            failure = failure if is_last_resort else error
+            reasons.append(str(error))
             continue
+        reasons += [reason for _, reason in found.capture.opaque]
         if best is None or found.partition.bottleneck_us < best.partition.bottleneck_us:
             best = found
         if is_balanced:

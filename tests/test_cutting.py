@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 def test_the_order() -> None:
-    assert list(FRONTENDS) == ["fx", "record"]
+    assert list(FRONTENDS) == ["fx", "record", "record-second-call"]
 
 
 def test_the_first_that_allows_a_balanced_cut_is_taken() -> None:
@@ -70,7 +70,7 @@ def test_a_large_module_that_fx_keeps_whole_is_opened_by_record() -> None:
 
 def test_of_two_that_keep_it_whole_the_better_is_taken() -> None:
     found = cut(Net(hard.Autocast()))
-    both = [cut(Net(hard.Autocast()), frontend=name) for name in FRONTENDS]
+    both = [cut(Net(hard.Autocast()), frontend=name) for name in ("fx", "record")]
     assert found.partition.bottleneck_us == min(c.partition.bottleneck_us for c in both)
 
 

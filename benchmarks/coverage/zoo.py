@@ -163,6 +163,15 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "axk2", "deepseek_v3", "minicpm3"), {"num_key_value_heads": 4}
     ),
+    # SpecAugment and layer drop draw numpy's and Python's numbers, which no graph can hold.
+    **dict.fromkeys(
+        ("hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert",
+         "wav2vec2-conformer", "wavlm"),
+        {"apply_spec_augment": False, "layerdrop": 0.0},
+    ),
+    "data2vec-audio": {"mask_time_prob": 0.0, "layerdrop": 0.0},
+    "sew-d": {"apply_spec_augment": False},
+    "big_bird": {"attention_type": "original_full"},  # what it switches to for short texts
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 10000.0}

@@ -4,6 +4,7 @@
 cut, and when the cuts are chosen `coarsen` turns whole modules back into one call each.
 """
 
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -48,8 +49,15 @@ __all__ = [
 ]
 
 
-FRONTENDS: Final = MappingProxyType({"fx": trace_mode, "record": record_mode})
-"""The ways to a graph, in the order in which they are tried."""
+FRONTENDS: Final = MappingProxyType(
+    {
+        "fx": partial(trace, trace_mode=trace_mode),
+        "record": partial(trace, trace_mode=record_mode),
+        "record-second-call": partial(trace, trace_mode=record_mode, second_call=True),
+    }
+)
+"""The ways to a graph, in the order in which they are tried. The last is for models that set
+attributes in their first call."""
 
 
 def capture(
@@ -69,7 +77,7 @@ def capture(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise CaptureError(f"{name} has no shape yet: run the model once, then capture it")
-    traced, opaque = trace(model, inputs, FRONTENDS[frontend])
+    traced, opaque = FRONTENDS[frontend](model, inputs)
     graph = traced.graph
     read_attributes_at_use(graph)
     unknown = frozenset(path for path, _ in opaque)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isinf
 
 import networkx as nx
 import torch
@@ -171,6 +172,11 @@ def _carries_gradient(node: Node) -> bool:
     return meta is not None and meta.requires_grad and meta.nbytes > 0
 
 
+def _has_infinity(node: Node) -> bool:
+    """Whether a constant argument is infinite (F.pad(x, …, value=-inf) before a max pool)."""
+    return any(isinstance(a, float) and isinf(a) for a in (*node.args, *node.kwargs.values()))
+
+
 def _batchless_sources(capture: Capture) -> dict[Node, frozenset[Node]]:
     """For each compute node the gradient-carrying nodes without a batch that it depends on."""
     sources: dict[Node, frozenset[Node]] = {}
@@ -202,6 +208,8 @@ def _refusal(
             return f"{node.name} is a parameter"
         if meta.dtype.startswith("complex"):
             return f"{node.name} is complex, which no local loss reads"
+        if _has_infinity(node):
+            return f"{node.name} holds infinities, which no local loss can read"
         if meta.batch_dim is None:
             batchless.append(node)
         else:

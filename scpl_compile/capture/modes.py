@@ -8,7 +8,7 @@ model's own forward, where anything else that differs is refused.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from scpl_compile.capture.captured import Switch
+from scpl_compile.capture.on_data import run_once
 from scpl_compile.capture.opening import Trace
 from scpl_compile.capture.pure import is_pure
 from scpl_compile.capture.state import preserved
@@ -35,12 +36,17 @@ TraceMode = Callable[[nn.Module, tuple[InputSpec, ...], dict[str, str], bool], T
 
 
 def trace(
-    model: nn.Module, inputs: tuple[InputSpec, ...], trace_mode: TraceMode
+    model: nn.Module,
+    inputs: tuple[InputSpec, ...],
+    trace_mode: TraceMode,
+    second_call: bool = False,
 ) -> tuple[Trace, tuple[tuple[str, str], ...]]:
     """Trace `model`; give the graph of its nodes and the modules kept whole, with the reasons.
 
     inputs: by names of forward's parameters; the others keep their defaults.
     trace_mode: the frontend (tracer.trace_mode, recorder.record_mode).
+    second_call: the model runs once before, on random data, so that what only its first call sets
+    (a flag, hooks) stands in no one's way; verify compares with the model as it was.
     The model is left bit for bit as it was, and so are the random states.
 
     Raises:
@@ -48,20 +54,45 @@ def trace(
     """
     opaque: dict[str, str] = {}
     with preserved(model):
-        while True:
-            training = trace_mode(model, inputs, opaque, True)
-            if _is_stale(training, opaque):
-                continue
-            evaluation = trace_mode(model, inputs, opaque, False)
-            if _is_stale(training, opaque) or _is_stale(evaluation, opaque):
-                continue
-            differing = _differing_modules(training, evaluation)
-            if not differing:
-                break
-            opaque |= dict.fromkeys(differing, _READS_TRAINING)
-    _remove_dead_nodes(training)
-    called = dict.fromkeys(str(n.target) for n in training.graph.find_nodes(op="call_module"))
-    return training, tuple((path, opaque[path]) for path in called if path in opaque)
+        if second_call:
+            run_once(model, inputs)
+        found = _trace_both(model, inputs, trace_mode, opaque)
+    _remove_dead_nodes(found)
+    called = dict.fromkeys(str(n.target) for n in found.graph.find_nodes(op="call_module"))
+    _check_modules(model, called)
+    return found, tuple((path, opaque[path]) for path in called if path in opaque)
+
+
+def _check_modules(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raises TraceError where a module exists only since the model ran."""
+    for path in paths:
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            raise TraceError(
+                f"the first call of {type(model).__name__} makes the module {path!r}: call the "
+                "model once before you give it"
+            ) from error
+
+
+def _trace_both(
+    model: nn.Module,
+    inputs: tuple[InputSpec, ...],
+    trace_mode: TraceMode,
+    opaque: dict[str, str],
+) -> Trace:
+    """The graph of both modes; adds to `opaque` what must be kept whole for it."""
+    while True:
+        training = trace_mode(model, inputs, opaque, True)
+        if _is_stale(training, opaque):
+            continue
+        evaluation = trace_mode(model, inputs, opaque, False)
+        if _is_stale(training, opaque) or _is_stale(evaluation, opaque):
+            continue
+        differing = _differing_modules(training, evaluation)
+        if not differing:
+            return training
+        opaque |= dict.fromkeys(differing, _READS_TRAINING)
 
 
 def _is_stale(trace: Trace, opaque: Mapping[str, str]) -> bool:

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from scpl_compile.capture.opening import Untraceable
+from scpl_compile.capture.opening import Untraceable, phrase, place, root_error
 from scpl_compile.capture.state import RandomState
+from scpl_compile.ir import InputSpec
 
-__all__ = ["at_any_batch_size", "run_on_data"]
+__all__ = ["at_any_batch_size", "random_input", "run_on_data", "run_once"]
 
 
 def run_on_data(
@@ -112,3 +113,29 @@ def _fake(one: Any, other: Any, batch: torch.SymInt, batch_size: int) -> Any:
 def _size(one: int, other: int, batch: torch.SymInt, batch_size: int) -> Any:
     slope = other - one
     return slope * batch + (one - slope * batch_size) if slope else one
+
+
+def run_once(model: nn.Module, inputs: tuple[InputSpec, ...]) -> None:
+    """Run `model` on two random samples in training mode.
+
+    Raises:
+        TraceError: it fails.
+    """
+    model.train()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    values = {spec.name: random_input(spec, 2).to(device) for spec in inputs}
+    try:
+        with torch.no_grad():
+            model(**values)
+    except Exception as error:
+        raise root_error(model, phrase(error), place(error)) from error
+
+
+def random_input(spec: InputSpec, batch_size: int) -> Tensor:
+    """Random data for one input; 0 is avoided where possible, since a length must not be 0."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    shape = (batch_size, *spec.shape)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype)
+    high = spec.high or 2
+    return torch.randint(min(1, high - 1), high, shape).to(dtype)

@@ -53,14 +53,11 @@ from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.state import ModelState, RandomState
 from scpl_compile.capture.symbols import BatchSymbols, expression_nodes
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
-from scpl_compile.capture.values import Fields, leaves, only_nodes, parts, plain_fields
+from scpl_compile.capture.values import Fields, is_constant, leaves, only_nodes, parts, plain_fields
 from scpl_compile.capture.watch import unwatched, watched
 from scpl_compile.ir import InputSpec
 
 __all__ = ["record_mode"]
-
-_CONSTANTS = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.layout,
-              torch.memory_format)  # fmt: skip
 
 
 def record_mode(
@@ -300,7 +297,7 @@ class _Recorder(TorchFunctionMode):
                     result = at_any_batch_size(result, func, args, kwargs, *size)
             except Exception:
                 self.report(guess)
-        is_write = writes_first_argument(func)
+        is_write = writes_first_argument(func, args)
         if not is_write and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result  # a size, a dtype, …: a number, or an expression in the batch size
         name = property_name(func)
@@ -362,7 +359,7 @@ class _Recorder(TorchFunctionMode):
             return [self._argument(item) for item in value]
         if isinstance(value, torch.device):
             return self._place
-        if isinstance(value, _CONSTANTS):
+        if is_constant(value):
             return value
         raise Untraceable(f"passes a {type(value).__name__} on")
 

@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from scpl_compile.capture.captured import Switch
+from scpl_compile.capture.on_data import random_input
 from scpl_compile.capture.record import Op, OpRecorder
 from scpl_compile.capture.state import host_random_state, preserved
 from scpl_compile.errors import CaptureError
@@ -178,10 +179,7 @@ class _Run:
         shape = (self._batch_size, *spec.shape)
         if self._fake:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        if dtype.is_floating_point or dtype.is_complex:
-            return torch.randn(shape, dtype=dtype, device=self._device)
-        high = spec.high or 2  # 0 is avoided where possible: lengths must not be 0
-        return torch.randint(min(1, high - 1), high, shape, device=self._device).to(dtype)
+        return random_input(spec, self._batch_size).to(self._device)
 
     def _storages(self, value: Any) -> Iterator[int]:
         for tensor in _tensors(value):

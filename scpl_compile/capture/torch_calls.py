@@ -53,6 +53,14 @@ def property_name(function: Any) -> str:
     return str(getattr(function.__self__, "__name__", ""))
 
 
+def _asks_for_gradient(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is `x.requires_grad = True`, as for reentrant checkpointing: no parameter's
+    gradient is another for it.
+    """
+    is_setter = getattr(function, "__name__", "") == "__set__"
+    return is_setter and args[1] is True and function.__self__.__name__ == "requires_grad"
+
+
 def torch_call(
     function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
@@ -72,8 +80,10 @@ def torch_call(
     return "call_method", name, args, dict(kwargs)
 
 
-def writes_first_argument(target: Any) -> bool:
+def writes_first_argument(target: Any, args: tuple[Any, ...] = ()) -> bool:
     """Whether a function, or a node's target, writes its first argument in place, by its name."""
+    if args and _asks_for_gradient(target, args):
+        return False
     name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
     if target in _IN_PLACE or name in _IN_PLACE_NAMES:
         return True

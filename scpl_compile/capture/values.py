@@ -5,9 +5,13 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-__all__ = ["Fields", "leaves", "only_nodes", "parts", "plain_fields"]
+__all__ = ["Fields", "is_constant", "leaves", "only_nodes", "parts", "plain_fields"]
+
+_CONSTANTS = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.layout,
+              torch.memory_format)  # fmt: skip
 
 
 class Fields(dict[str, Any]):
@@ -51,3 +55,8 @@ def only_nodes(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [only_nodes(item) for item in value]
     return value if isinstance(value, Node) else None
+
+
+def is_constant(value: Any) -> bool:
+    """Whether an argument can stand in a graph as it is."""
+    return isinstance(value, _CONSTANTS)

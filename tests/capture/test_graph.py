@@ -271,3 +271,21 @@ def test_a_gradient_without_a_batch_crosses_beside_one_that_depends_on_it() -> N
     assert "no batch dimension" in by_after["table"].reason
     after_first = next(c for name, c in by_after.items() if name.startswith("relu"))
     assert after_first.allowed and set(after_first.crossing) == {"table", after_first.after}
+
+
+class _PadsWithInfinity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 2, 3, padding=1)
+        self.head = nn.Linear(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(self.first(x), (0, 1, 0, 1), value=float("-inf"))
+        return self.head(nn.functional.max_pool2d(x, 3).amax((2, 3)))
+
+
+def test_no_cut_is_where_infinities_would_cross() -> None:
+    found = capture(_PadsWithInfinity(), (floats(1, 8, 8),))
+    refused = {c.after: c.reason for c in cut_candidates(found)}
+    assert "holds infinities" in refused["pad"]
+    assert refused["first"] == ""
