@@ -85,7 +85,7 @@ def check(
 UNREGISTERED = "neither parameter nor buffer"
 TRAINING = "depends on self.training"
 RANDOM = "random numbers drawn in Python"
-DATA = "DataDependentOutputException"
+DATA = "looks at the values of a tensor"
 
 CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.Autocast: ("autocast", "autocast"),
@@ -102,7 +102,7 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.BatchBranch: ("control flow", "depends on the batch size (batch > 4)"),
     hard.BatchLoop: ("cannot be iterated", "depends on the batch size (batch)"),
     hard.SizeLoop: ("cannot be interpreted as an integer", ""),
-    hard.Routing: ("", "DynamicOutputShapeException"),
+    hard.Routing: ("", "a tensor whose size depends on values"),
     hard.SliceAssignment: ("does not support item assignment", ""),
     hard.AssignsData: ("'data' is assigned", "assigns the attribute 'data' of a tensor"),
     hard.CountsCalls: ("writes 'part.calls' in place", "writes 'part.calls' in place"),

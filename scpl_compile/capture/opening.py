@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.fx import Graph
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -147,6 +151,10 @@ def single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
 
 def phrase(error: BaseException) -> str:
     """One line about an exception."""
+    if isinstance(error, DataDependentOutputException):
+        return f"looks at the values of a tensor ({error})"
+    if isinstance(error, DynamicOutputShapeException):
+        return f"makes a tensor whose size depends on values ({error})"
     text = " ".join(str(error).split())
     if len(text) > _MAX_PHRASE:
         text = text[: _MAX_PHRASE - 1] + "…"
