@@ -10,7 +10,7 @@ from torch import nn
 from scpl_compile.capture import FRONTENDS, Capture, capture
 from scpl_compile.capture.outputs import keep_output, outputs_of
 from scpl_compile.cost import DeviceSpec, node_costs
-from scpl_compile.errors import PartitionError, TraceError
+from scpl_compile.errors import CaptureError, PartitionError, TraceError
 from scpl_compile.ir import InputSpec, NodeCost
 from scpl_compile.methods.base import Method
 from scpl_compile.methods.cuts import cut_problem, split_nodes
@@ -73,15 +73,17 @@ def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
     """
     best: Cutting | None = None
     reasons: list[str] = []  # why modules were kept whole, or the model refused
-    failure: TraceError | PartitionError | None = None
+    failure: CaptureError | PartitionError | None = None
     for frontend in [request.frontend] if request.frontend else FRONTENDS:
         is_last_resort = frontend == "record-second-call" and not request.frontend
         if is_last_resort and not any("changes its attribute" in text for text in reasons):
             break
         try:
             found, is_balanced = _cut(model, request, frontend)
-        except (TraceError, PartitionError) as error:
-            failure = failure if is_last_resort else error
+        except (CaptureError, PartitionError) as error:
+            # Of inputs that do not fit, the first frontend tells the most; of code, the second.
+            is_told = isinstance(failure, CaptureError) and not isinstance(failure, TraceError)
+            failure = failure if is_told or is_last_resort else error
             reasons.append(str(error))
             continue
         reasons += [reason for _, reason in found.capture.opaque]

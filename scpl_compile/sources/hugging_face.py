@@ -28,6 +28,8 @@ _NOT_ARGUMENTS = frozenset({
     "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "model_type",
     "torch_dtype", "transformers_version",
 })  # fmt: skip
+# Keys and values of earlier tokens, kept between calls.
+_CACHES = ("use_cache", "use_mems_eval", "use_mems_train")
 # Taken by every configuration, but no field of its class.
 _ALSO_KNOWN = ("num_labels", "attn_implementation")
 
@@ -172,12 +174,14 @@ def _arguments(
 def _needed_arguments(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments without which a classifier could not be trained on batches.
 
-    No cache of keys and values; and a padding token within the vocabulary, by which heads that read
-    the last token find it.
+    No cache of keys and values (none in the part for text either); and a padding token within the
+    vocabulary, by which heads that read the last token find it.
     """
-    found: dict[str, Any] = {}
-    if getattr(config, "use_cache", False) and "use_cache" not in given:
-        found["use_cache"] = False
+    found: dict[str, Any] = {
+        name: False for name in _CACHES if getattr(config, name, False) and name not in given
+    }
+    if getattr(getattr(config, "text_config", None), "use_cache", False):
+        found["text_config"] = {**given.get("text_config", {}), "use_cache": False}
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int) or not hasattr(config, "pad_token_id"):
         return found
