@@ -27,16 +27,19 @@ def run_on_data(
     args, kwargs: with fake tensors, some sizes of which are expressions in `batch`.
 
     Raises:
-        Untraceable: the two results have not the same structure.
+        Untraceable: sizes or numbers in the results depend on data, or the results have another
+            structure at another batch size.
     """
     with unset_fake_temporarily():
         randomness = RandomState.now()
         symbol = batch.node.expr
-        first, second = (
+        first, again, second = (
             call(*tree_map(fill, tuple(args)), **tree_map(fill, kwargs))
-            for fill in (_Fill(symbol, batch_size), _Fill(symbol, batch_size + 1))
+            for fill in (_Fill(symbol, size) for size in (batch_size, batch_size, batch_size + 1))
         )
         randomness.restore()
+    if _facts(first) != _facts(again):
+        raise Untraceable("gives sizes or numbers that depend on values")
     if tree_structure(first) != tree_structure(second):
         raise Untraceable("gives results of another structure at another batch size")
     leaves = [
@@ -67,6 +70,12 @@ def at_any_batch_size(
     if not set(_memory(result)).isdisjoint(_memory((args, kwargs))):
         raise Untraceable("gives a view that depends on the batch size")
     return found
+
+
+def _facts(value: Any) -> tuple[Any, list[Any]]:
+    """What must not depend on data: the structure, the shapes of tensors, and numbers."""
+    leaves = tree_leaves(value)
+    return tree_structure(value), [getattr(leaf, "shape", leaf) for leaf in leaves]
 
 
 def _shapes(value: Any) -> list[str]:

@@ -62,7 +62,7 @@ def test_arguments_have_the_sizes_of_the_batch(x: Tensor) -> None:
     weight = nn.Parameter(torch.ones(2))
     mask = torch.ones(x.shape[0], dtype=torch.bool)
     on_data(call, x, mask, size=2 * x.shape[0], weight=weight)
-    assert [s[:3] for s in seen] == [(8, (8,), 16), (9, (9,), 18)]
+    assert [s[:3] for s in seen] == [(8, (8,), 16), (8, (8,), 16), (9, (9,), 18)]
     assert all(s[3] is weight for s in seen)
 
 
@@ -95,3 +95,11 @@ def test_what_is_right_stays_the_very_object(x: Tensor) -> None:
 def test_a_view_is_not_replaced(x: Tensor) -> None:
     with pytest.raises(Untraceable, match="gives a view"):
         at_any_batch_size(x[:7], lambda x: x[: x.shape[0] - 1], (x,), {}, x.shape[0], SIZE)
+
+
+def test_numbers_that_depend_on_values_are_refused(x: Tensor) -> None:
+    def call(x: Tensor) -> tuple[Tensor, int]:
+        return x, int(x.detach().abs().sum() * 1e6)
+
+    with pytest.raises(Untraceable, match="depend on values"):
+        on_data(call, x)

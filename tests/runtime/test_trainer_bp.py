@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import InputSpec, ModelSource
 from scpl_compile.runtime.randomness import seeded
 from scpl_compile.runtime.stage import take
-from scpl_compile.runtime.trainer import Trainer, allowed_schedules
+from scpl_compile.runtime.trainer import Trainer, _compile_again, allowed_schedules
 from stage_nets import (
     NUM_CLASSES,
     WIDTH,
@@ -168,7 +169,16 @@ def test_inputs_go_by_name() -> None:
 def test_bp_has_one_schedule_and_scpl_has_none_of_it() -> None:
     assert allowed_schedules(block_plan(2, schedule="bp")) == ("bp",)
     assert allowed_schedules(block_plan(2)) == ("stream", "in_step", "sequential")
-    with pytest.raises(MethodError, match="'stream' does not go with method 'bp'.*--method scpl"):
+    again = "compile the model again with method='scpl', num_stages=3"
+    with pytest.raises(MethodError, match=f"'stream' does not go with method 'bp'.*{again}"):
         skip_trainer(schedule="stream")
-    with pytest.raises(MethodError, match="'bp' does not go with method 'scpl'.*--method bp"):
+    with pytest.raises(MethodError, match="'bp' does not go with method 'scpl'.*method='bp'"):
         make_trainer(schedule="bp")
+
+
+def test_a_refused_schedule_of_a_named_model_gives_the_compile_line() -> None:
+    source = ModelSource(spec="torchvision:resnet18", config={"num_classes": 10})
+    plan = replace(block_plan(2), model="torchvision:resnet18", source=source)
+    line = _compile_again(plan, "bp")
+    assert "scpl compile torchvision:resnet18 --method bp --input " in line
+    assert line.endswith("--stages 2 --config num_classes=10 -o DIR")
