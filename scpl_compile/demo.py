@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scpl_compile.api import compile_model
 from scpl_compile.errors import TrainingError
 from scpl_compile.report import print_plan
@@ -29,9 +31,12 @@ def run_demo(out: Path) -> dict[str, Any]:
     start = time.perf_counter()
     results: dict[str, Any] = {}
     for method, directory in (("scpl", out), ("bp", out.with_name(f"{out.name}-bp"))):
-        program = compile_model(
-            _MODEL, "1x8x8", num_classes=10, num_stages=2, method=method, out=directory, force=True
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # both methods begin with the same weights, in every run
+            program = compile_model(
+                _MODEL, "1x8x8", num_classes=10, num_stages=2, method=method, out=directory,
+                force=True,
+            )  # fmt: skip
         print_plan(program.plan)
         results[method] = _train(directory)
     results["seconds"] = time.perf_counter() - start
