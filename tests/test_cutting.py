@@ -1,5 +1,6 @@
 """The frontends are tried in order, until one allows a balanced cut."""
 
+import random
 from typing import Any
 
 import pytest
@@ -50,6 +51,11 @@ class Net(nn.Module):
 
 def test_the_order() -> None:
     assert list(FRONTENDS) == ["fx", "record", "record-second-call"]
+
+
+def test_an_unknown_frontend_is_an_error() -> None:
+    with pytest.raises(CaptureError, match="no frontend 'export'; it is one of fx, record"):
+        cut(hard.as_submodule(hard.Twice), frontend="export")
 
 
 def test_the_first_that_allows_a_balanced_cut_is_taken() -> None:
@@ -112,3 +118,22 @@ def test_other_outputs_are_dropped_by_name() -> None:
     found = cut(Two(nn.Linear(6, 6)))
     assert found.dropped == ("early",)
     assert found.output == ("logits",)
+
+
+class Drops(nn.Module):
+    """Leaves itself out half of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.linear(x) if random.random() < 0.5 or not self.training else x
+
+
+def test_a_module_that_drops_itself_at_random_makes_no_other_plan() -> None:
+    found = []
+    for seed in range(6):
+        random.seed(seed)
+        found.append(cut(Net(Drops()), split_at=("first", "part")).partition)
+    assert all(partition == found[0] for partition in found)

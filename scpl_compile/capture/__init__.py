@@ -72,6 +72,10 @@ def capture(
     Raises:
         CaptureError: the model's own forward cannot be traced, or fails on these inputs.
     """
+    if frontend not in FRONTENDS:
+        raise CaptureError(
+            f"there is no frontend {frontend!r}; it is one of {', '.join(FRONTENDS)}"
+        )
     if batch_size < 2:
         raise CaptureError(f"the batch size is {batch_size}: capture needs at least 2 samples")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

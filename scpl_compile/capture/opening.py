@@ -64,6 +64,14 @@ class Frame:
     key: str
     reason: str = ""
 
+    def close(self, reason: str) -> None:
+        """Close it because of `reason`; the first one counts.
+
+        A log record closes no model's own forward, which could only be refused.
+        """
+        if reason != "logs" or self.key:
+            self.reason = self.reason or reason
+
 
 def is_library_leaf(module: nn.Module) -> bool:
     """Whether `module` is of torch.nn and not a container: such modules are called whole."""

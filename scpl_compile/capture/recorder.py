@@ -258,8 +258,7 @@ class _Recorder(TorchFunctionMode):
     def report(self, reason: str) -> None:
         """Close the innermost opened module, because of `reason`."""
         if not self._is_paused:
-            frame = self._frames[-1]
-            frame.reason = frame.reason or reason
+            self._frames[-1].close(reason)
 
     def _on_guess(self, question: str, fixes: bool) -> None:
         """What the model's code asks decides what it does; what torch's own asks may not matter."""

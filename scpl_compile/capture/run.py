@@ -5,9 +5,8 @@ operations raise, but no data. Code that looks at data (`if mask.any():`, `lengt
 run so; then the graph runs once on real random inputs.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 from scpl_compile.capture.captured import Switch
 from scpl_compile.capture.on_data import random_input
+from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.record import Op, OpRecorder
 from scpl_compile.capture.state import host_random_state, preserved
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
+from scpl_compile.runtime.randomness import seeded
 
 __all__ = ["Seen", "run_graph"]
 
@@ -119,11 +120,12 @@ class _Run:
         """Run every node."""
         seen: dict[Node, Seen] = {}
         values: dict[Node, Any] = {}
-        with preserved(self._model), torch.enable_grad():
+        # A module that drops itself at random costs the same in every run.
+        with preserved(self._model), seeded(0), torch.enable_grad():
             self._model.train()
             self._know(list(self._model.buffers()), "buffer")
             self._know(list(self._model.parameters()), "parameter")
-            with _quiet(), self._fake or nullcontext(), self._recorder:
+            with quiet(), self._fake or nullcontext(), self._recorder:
                 for node in graph.nodes:
                     if node.op == "output":
                         break
@@ -199,18 +201,6 @@ class _Run:
             return False
         kept = [v for m in module.modules() for k, v in m.__dict__.items() if k not in _OWN_DICTS]
         return not set(self._storages(kept)).isdisjoint(self._storages(value))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracebacks that torch logs when a fake operation fails; the error is raised."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
 
 
 def _filled(argument: Any, values: Mapping[Node, Any]) -> Any:

@@ -1,7 +1,6 @@
 """The batch size as a symbol, and what depends on it as nodes of the graph."""
 
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils._sympy.functions import (
 )
 
 from scpl_compile.capture.opening import Untraceable
+from scpl_compile.capture.watch import unwatched
 
 __all__ = ["BatchSymbols", "expression_nodes"]
 
@@ -55,14 +55,9 @@ class BatchSymbols(ShapeEnv):
         self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any
     ) -> sympy.Basic:
         """The value of an expression, which it may or may not have at every batch size."""
-        profile = sys.getprofile()
-        sys.setprofile(None)  # what torch's own code does (it logs) is none of the user's
-        try:
-            with self.suppress_guards():
-                value = super().evaluate_expr(orig_expr, hint, *args, **kwargs)
-                is_known = self._maybe_evaluate_static(orig_expr) is not None
-        finally:
-            sys.setprofile(profile)
+        with unwatched(), self.suppress_guards():  # torch's own code logs: none of the user's
+            value = super().evaluate_expr(orig_expr, hint, *args, **kwargs)
+            is_known = self._maybe_evaluate_static(orig_expr) is not None
         if not is_known:
             fixes = bool(
                 value.is_number

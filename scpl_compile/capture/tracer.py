@@ -180,9 +180,7 @@ class _AutoLeafTracer(Tracer):
 
     def report(self, reason: str) -> None:
         """Close the innermost opened module, because of `reason`."""
-        frame = self._frames[-1]
-        if reason != "logs" or len(self._frames) > 1:  # the model's own forward cannot be closed
-            frame.reason = frame.reason or reason
+        self._frames[-1].close(reason)
 
     # --- values
 

@@ -16,8 +16,9 @@ from scpl_compile.capture import (
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import MethodError, PartitionError
-from scpl_compile.ir import LocalLoss, NodeCost
+from scpl_compile.ir import LocalLoss, NodeCost, TensorMeta
 from scpl_compile.methods.base import Method
+from scpl_compile.methods.flow import meta_of
 from scpl_compile.methods.plan import candidate_view, last_view
 from scpl_compile.partition import PartitionProblem
 
@@ -38,12 +39,12 @@ def cut_problem(
     nodes = capture.compute_nodes
     graph = _graph(capture, costs)
     allowed, reasons, heads, penalties = [], [], [], []
-    metas = {n.name: n.meta.get("tensor") for n in capture.graph.nodes}
+    metas = {n.name: meta_of(n) for n in capture.graph.nodes}
     carries_gradient = {
         name: meta is not None and meta.requires_grad for name, meta in metas.items()
     }
     candidates = cut_candidates(capture)
-    largest = max((candidate_nbytes(c, capture) for c in candidates), default=0) or 1
+    largest = max((candidate_nbytes(c, metas) for c in candidates), default=0) or 1
     for candidate, (before, after) in zip(candidates, pairwise(nodes), strict=True):
         reason = candidate.reason or None
         head_us = 0.0
@@ -58,7 +59,7 @@ def cut_problem(
         allowed.append(reason is None)
         reasons.append(reason)
         heads.append(head_us)
-        traffic = candidate_nbytes(candidate, capture) / largest
+        traffic = candidate_nbytes(candidate, metas) / largest
         penalties.append(_open_modules(before, after) + 2.0 * (num_gradients - 1) + 0.5 * traffic)
     return PartitionProblem(
         graph=graph,
@@ -77,16 +78,12 @@ def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
     groups = tied_groups(capture)
     parameters = node_parameters(capture)
     trained = {name for name, p in capture.model.named_parameters() if p.requires_grad}
-    trains = {n for n in capture.compute_nodes if not trained.isdisjoint(parameters[n.name])}
-    for node in capture.compute_nodes:
-        if node in trains and not costs[node.name].total_us:  # weight.reshape(…): its reader trains
-            trains |= set(node.users)
     for node in capture.compute_nodes:
         graph.add_node(
             node.name,
             cost_us=costs[node.name].total_us,
             group=groups.get(node.name),
-            trainable=node in trains,
+            trainable=not trained.isdisjoint(parameters[node.name]),
         )
     for node in capture.compute_nodes:
         graph.add_edges_from(
@@ -95,11 +92,10 @@ def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
     return graph
 
 
-def candidate_nbytes(candidate: CutCandidate, capture: Capture) -> int:
-    """Bytes that a cut there would send."""
-    by_name = {node.name: node.meta.get("tensor") for node in capture.graph.nodes}
+def candidate_nbytes(candidate: CutCandidate, metas: Mapping[str, TensorMeta | None]) -> int:
+    """Bytes that a cut there would send; metas: of every node, by name."""
     names = (*candidate.crossing, *candidate.inputs)
-    return sum(meta.nbytes for name in names if (meta := by_name[name]) is not None)
+    return sum(meta.nbytes for name in names if (meta := metas[name]) is not None)
 
 
 def _open_modules(before: fx.Node, after: fx.Node) -> int:

@@ -5,11 +5,11 @@ is a run of consecutive nodes, so a partition is a set of positions. `fold` glue
 dropping positions, and no partition that is better in time or penalty is lost:
 
 - groups (tied parameters) and pinned nodes rule out every position between their ends;
-- nodes that cost nothing join a neighbour: positions with only such nodes between them load the
-  stages alike, so one that another equals or beats in both head cost and penalty is dropped.
+- nodes that cost nothing and train nothing join a neighbour: positions with only such nodes between
+  them load the stages alike, so one that another equals or beats in both head cost and penalty is
+  dropped.
 
-A stage must contain a node that trains: one that costs something and has a parameter that needs a
-gradient. A stage of reshapes or of pooling has nothing to train.
+A stage must contain a node that trains. A stage of reshapes or of pooling has nothing to train.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class PartitionProblem:
     graph: nodes are names, inserted in execution order, with the attributes `cost_us` (forward and
     backward, microseconds), optionally `group` (str; equal groups share a stage: tied parameters)
     and `pinned` (bool; runs in the stage of its producers: side effects such as counters), and
-    `trainable` (bool, True where absent; has a parameter that needs a gradient).
+    `trainable` (bool; has a parameter that needs a gradient; absent: if it costs something).
     allowed: whether a cut may be there at all; reason: where not, why (optional).
     head_us: heads and local losses of a stage that ends there; tail_us: those of the last stage.
     penalty: ugliness and traffic of that cut, in any unit.
@@ -80,10 +80,15 @@ class PartitionProblem:
 
     @property
     def trains(self) -> tuple[bool, ...]:
-        """Whether a stage of this node alone could be, for every node in execution order."""
-        trainable = self.graph.nodes(data="trainable", default=True)
+        """Whether a stage of this node alone could be, for every node in execution order.
+
+        Its cost says nothing about that: a module that drops itself at random may have cost nothing
+        when it was looked at.
+        """
+        flags = self.graph.nodes(data="trainable")
         return tuple(
-            bool(flag) and cost > 0 for (_, flag), cost in zip(trainable, self.cost_us, strict=True)
+            cost > 0 if flag is None else flag
+            for (_, flag), cost in zip(flags, self.cost_us, strict=True)
         )
 
 
@@ -104,8 +109,9 @@ class Folded:
 def fold(problem: PartitionProblem) -> Folded:
     """Glue together what need not be parted; time and penalty of the best partitions stay."""
     names, cost_us = problem.names, problem.cost_us
-    # Nodes that cost something up to each position: between equal counts lie only free nodes.
-    work = list(accumulate(cost > 0 for cost in cost_us))
+    # Nodes that matter up to each position: between equal counts lie only free ones.
+    matters = (cost > 0 or trains for cost, trains in zip(cost_us, problem.trains, strict=True))
+    work = list(accumulate(matters))
     runs: dict[int, list[int]] = {}
     for position, why in enumerate(obstacles(problem)):
         if not why and 0 < work[position] < work[-1]:

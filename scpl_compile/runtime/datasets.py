@@ -64,7 +64,7 @@ def open_splits(
              "random:N")  # fmt: skip
     close = get_close_matches(spec, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise DataError(f"there is no data set {spec!r}; {hint}Known: {', '.join(known)}")
+    raise DataError(f"there is no data set {spec!r}; {hint}known are {', '.join(known)}")
 
 
 # ------------------------------------------------------------------ packaged data

@@ -290,7 +290,7 @@ class Run:
         return result
 
     def _tell(self, result: Mapping[str, Any]) -> None:
-        rate = result["samples_per_second"]
+        rate = result.get("samples_per_second")
         say(
             f"{100 * result['accuracy']:.2f} % on the test split after {result['steps']} steps, "
             f"{f'{rate:.0f} samples/s; ' if rate is not None else ''}weights in {self._files.final}"

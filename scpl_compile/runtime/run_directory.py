@@ -69,6 +69,10 @@ class RunDirectory:
         self._compare_options()
         if is_finished:
             self.result = _read_object(result)
+            told = (self.result.get(name) for name in ("accuracy", "steps"))
+            rate = self.result.get("samples_per_second")
+            if not all(isinstance(number, (int, float)) for number in (*told, rate or 0)):
+                raise ProgramError(f"{result} is damaged; start again with --force")
 
     def _compare_options(self) -> None:
         path = self.path / "run.json"

@@ -337,7 +337,8 @@ def _compile_again(plan: Plan, schedule: str) -> str:
     method = "bp" if schedule == "bp" else "scpl"
     if plan.source is None:
         return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
-    config = ",".join(f"{key}={value}" for key, value in plan.source.config.items())
+    plain = {k: v for k, v in plan.source.config.items() if isinstance(v, (bool, int, float, str))}
+    config = ",".join(f"{key}={value}" for key, value in plain.items())
     return (
         f"compile with: scpl compile {plan.model} --method {method} "
         f"--input '{','.join(map(str, plan.inputs))}' --stages {plan.num_stages} "

@@ -4,6 +4,7 @@ test_tracer.py holds the constructs that every frontend must keep whole; test_ha
 models that both must compile.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -354,3 +355,21 @@ def test_modules_are_called_as_before_afterwards() -> None:
     with pytest.raises(CaptureError):
         record(fx.DataDependent())
     assert nn.Module.__call__ is call
+
+
+class LogsItself(nn.Module):
+    """The model's own forward logs, and cannot be kept whole for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logging.getLogger("a model").error("called")
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "record"])
+def test_a_log_record_of_the_model_itself_is_no_reason_to_refuse_it(frontend: str) -> None:
+    found = capture(LogsItself(), (floats(4),), frontend=frontend)
+    assert found.opaque == ()

@@ -14,6 +14,7 @@ from scpl_compile.methods import make_method
 from scpl_compile.methods.base import Method, StageView
 from scpl_compile.methods.bp import Backpropagation
 from scpl_compile.methods.cuts import candidate_nbytes, cut_problem, split_nodes
+from scpl_compile.methods.flow import meta_of
 from scpl_compile.partition import PartitionProblem
 
 CPU = DEVICES["cpu"]
@@ -124,7 +125,8 @@ def test_bytes_that_cross_are_those_of_tensors_and_inputs() -> None:
     capture = fine(LstmClassifier(), "ids:int64:5<11,mask:int64:5<2")
     candidate = next(c for c in cut_candidates(capture) if c.after == "embedding")
     assert candidate.inputs == ("mask",)
-    assert candidate_nbytes(candidate, capture) == BATCH * 5 * 6 * 4 + BATCH * 5 * 8
+    metas = {node.name: meta_of(node) for node in capture.graph.nodes}
+    assert candidate_nbytes(candidate, metas) == BATCH * 5 * 6 * 4 + BATCH * 5 * 8
 
 
 # ---------------------------------------------------------------------- --split-at

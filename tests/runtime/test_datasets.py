@@ -255,7 +255,7 @@ def test_random_needs_the_models_inputs():
     [
         ("digit", "no data set 'digit'; did you mean digits"),
         ("fashion_mnist", r"did you mean fashion-mnist\[:DIR\]"),
-        ("cifar10", "no data set 'cifar10'; Known: digits, .*random:N"),
+        ("cifar10", "no data set 'cifar10'; known are digits, .*random:N"),
         ("npz", "did you mean npz:FILE"),
         ("digits:8", "no data set 'digits:8'"),
         ("", "no data set ''"),

@@ -12,6 +12,8 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.run_directory import _COMPARED, RunDirectory, _rows_before, trained_steps
 
+RESULT = {"accuracy": 0.5, "samples_per_second": None, "steps": 7}
+
 
 def options(**changes: Any) -> Namespace:
     """Those of a run, the compared ones equal."""
@@ -24,7 +26,7 @@ def finished(path: Path) -> RunDirectory:
     assert run.begin(0, {}) == []
     run.append([{"step": 0, "stage": 0, "losses": {"a": 1.0}}])
     run.save_final({"w": torch.ones(2)}, 7)
-    run.save_result({"accuracy": 0.5})
+    run.save_result(RESULT)
     return run
 
 
@@ -46,15 +48,14 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
 
 def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path) -> None:
     finished(tmp_path / "run")
-    assert RunDirectory(tmp_path / "run", "digest", options(resume=True)).result == {
-        "accuracy": 0.5
-    }
+    assert RunDirectory(tmp_path / "run", "digest", options(resume=True)).result == RESULT
     assert RunDirectory(tmp_path / "run", "digest", options(force=True)).result is None
     with pytest.raises(ProgramError, match="is a run of another plan"):
         RunDirectory(tmp_path / "run", "other", options(resume=True))
-    (tmp_path / "run" / "result.json").write_text("{")
-    with pytest.raises(ProgramError, match=r"result\.json is damaged .*--force"):
-        RunDirectory(tmp_path / "run", "digest", options(resume=True))
+    for text in ("{", "{}", '{"accuracy": "0.5", "steps": 7}'):
+        (tmp_path / "run" / "result.json").write_text(text)
+        with pytest.raises(ProgramError, match=r"result\.json is damaged.*--force"):
+            RunDirectory(tmp_path / "run", "digest", options(resume=True))
 
 
 def test_without_its_weights_a_run_is_not_finished(tmp_path: Path) -> None:
