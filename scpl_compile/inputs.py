@@ -75,10 +75,11 @@ def _describe(name: str, value: Tensor) -> InputSpec:
 
 
 def parse_inputs(text: str, forward_parameter_names: Sequence[str]) -> tuple[InputSpec, ...]:
-    """Inputs from `[name:][dtype:]SHAPE[<high]`, separated by commas, batch left out.
+    """Inputs from `[name:][dtype:]SHAPE[<high[..last]]`, separated by commas, batch left out.
 
     A piece without a name is the parameter of forward at the same position; without a dtype it
-    is float32. Integers need `<high`, one more than the largest.
+    is float32. Integers need `<high`, one more than the largest; with `..last` every row ends in
+    that number, which stands nowhere else in it.
 
     Raises:
         SourceError: names the piece that is wrong.
@@ -96,9 +97,11 @@ def _parse_input(piece: str, position: int, names: Sequence[str]) -> InputSpec:
     *front, rest = piece.split(":")
     name = front.pop(0) if front and front[0] not in _DTYPES else ""
     dtype = front.pop(0) if front else "float32"
-    match = re.fullmatch(r"((?:[0-9]+(?:x[0-9]+)*)?)(?:<([0-9]+))?", rest)
+    match = re.fullmatch(r"((?:[0-9]+(?:x[0-9]+)*)?)(?:<([0-9]+)(?:\.\.([0-9]+))?)?", rest)
     if front or not match or not piece:
-        raise SourceError(f"input {piece!r} is not [name:][dtype:]SHAPE[<high], {_INPUT_EXAMPLES}")
+        raise SourceError(
+            f"input {piece!r} is not [name:][dtype:]SHAPE[<high[..last]], {_INPUT_EXAMPLES}"
+        )
     if dtype not in _DTYPES:
         raise SourceError(f"input {piece!r}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     if not name:
@@ -108,13 +111,17 @@ def _parse_input(piece: str, position: int, names: Sequence[str]) -> InputSpec:
     if name not in names:
         raise SourceError(f"input {piece!r}: forward has no {name!r}; it has {', '.join(names)}")
     shape = tuple(map(int, match[1].split("x"))) if match[1] else ()
-    high = int(match[2]) if match[2] else None
+    high, last = (int(text) if text else None for text in match.group(2, 3))
     if 0 in shape or high == 0:
         raise SourceError(f"input {piece!r}: a size or a bound is 0, {_INPUT_EXAMPLES}")
     if (dtype in _INTEGERS) != (high is not None):
         need = "needs its bound <high" if high is None else f"takes no bound <{high}"
         raise SourceError(f"input {piece!r}: {dtype} {need}, {_INPUT_EXAMPLES}")
-    return InputSpec(name=name, dtype=dtype, shape=shape, high=high)
+    if last is not None and (not shape or high is None or last >= high or high < 2):
+        raise SourceError(
+            f"input {piece!r}: rows of numbers below {high} cannot end in {last}, {_INPUT_EXAMPLES}"
+        )
+    return InputSpec(name=name, dtype=dtype, shape=shape, high=high, last=last)
 
 
 def example_inputs(
@@ -137,4 +144,4 @@ def _example(spec: InputSpec, batch_size: int, generator: torch.Generator) -> Te
     values = torch.randint(high, shape, generator=generator)
     if high == 2 and spec.shape:
         values[..., 0] = 1
-    return values.to(dtype)
+    return spec.ended(values).to(dtype)

@@ -86,13 +86,16 @@ class TensorMeta:
 class InputSpec:
     """One input of the model without its batch dimension, as in `ids:int64:128<30000`.
 
-    `high` bounds integer inputs (ids are drawn from 0 … high - 1).
+    `high` bounds integer inputs (ids are drawn from 0 … high - 1). `last` is what every row ends
+    with, and what stands nowhere else in it (the token that ends a sentence), as in
+    `ids:int64:128<30000..2`.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     high: int | None = None
+    last: int | None = None
 
     def __post_init__(self) -> None:
         dtype_nbytes(self.dtype)
@@ -101,7 +104,16 @@ class InputSpec:
 
     def __str__(self) -> str:
         bound = "" if self.high is None else f"<{self.high}"
-        return f"{self.name}:{self.dtype}:{'x'.join(map(str, self.shape))}{bound}"
+        end = "" if self.last is None else f"..{self.last}"
+        return f"{self.name}:{self.dtype}:{'x'.join(map(str, self.shape))}{bound}{end}"
+
+    def ended(self, values: T) -> T:
+        """Random `values` of this input (B, *shape), which are written, with `last` at the end."""
+        written: Any = values
+        if self.last is not None:
+            written[written == self.last] = 1 if self.last == 0 else self.last - 1
+            written[..., -1] = self.last
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

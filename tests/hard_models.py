@@ -134,6 +134,30 @@ class Routing(Part):
         return y.index_add(0, rows, y[rows])
 
 
+class MakesSure(Part):
+    """Code that only makes sure of something, and a size that depends on data."""
+
+    def step(self, x):
+        assert x.abs().max().item() < 1e6, "too large"
+        if (x != x).any():
+            raise ValueError("not a number")
+        rows = x[x[:, 0] > -1e6]
+        torch._check(rows.shape[0] >= 1)
+        return self.linear(rows.view(x.size(0), -1))
+
+
+class KeepsTable(Part):
+    """A plain tensor that is kept again on whatever device the input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.rand(6)
+
+    def step(self, x):
+        self.table = self.table.to(x.device)
+        return self.linear(x) + self.table
+
+
 class SliceAssignment(Part):
     def step(self, x):
         y = self.linear(x)

@@ -95,6 +95,33 @@ class PackedItself(PackedEncoder):
         return self.fc(super().forward(x, lengths).mean(1))
 
 
+class OneTable(nn.Module):
+    """An encoder and a decoder that embed with one table: ids (B, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = nn.Embedding(11, 8)
+        self.encoder = OneSide(table)
+        self.decoder = OneSide(table)
+        self.fc = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, ids):
+        return self.fc(self.decoder(ids.flip(1), self.encoder(ids, 0.0)).mean(1))
+
+
+class OneSide(nn.Module):
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table = table
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, ids, memory):
+        x = self.table(ids) * 2.0 + memory
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
 class Encoder(nn.Module):
     """torch's own encoder with a padding mask: ids (B, 5)."""
 

@@ -89,7 +89,7 @@ DATA = "looks at the values of a tensor"
 
 CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.Autocast: ("autocast", "autocast"),
-    hard.NoGrad: ("no_grad", "no_grad"),
+    hard.NoGrad: ("no_grad", ""),
     hard.CustomFunction: ("custom autograd.Function", "custom autograd.Function"),
     hard.Checkpointed: ("checkpoint()", "checkpoint()"),
     hard.FunctionalDropout: (TRAINING, TRAINING),
@@ -103,11 +103,13 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.BatchLoop: ("cannot be iterated", "depends on the batch size (batch)"),
     hard.SizeLoop: ("cannot be interpreted as an integer", ""),
     hard.Routing: ("", "a tensor whose size depends on values"),
+    hard.MakesSure: ("control flow", DATA),
+    hard.KeepsTable: (UNREGISTERED, ""),
     hard.SliceAssignment: ("does not support item assignment", ""),
     hard.AssignsData: ("'data' is assigned", "assigns the attribute 'data' of a tensor"),
     hard.CountsCalls: ("writes 'part.calls' in place", "writes 'part.calls' in place"),
     hard.KeepsLast: ("changes its attribute 'last_seen'", "changes its attribute 'last_seen'"),
-    hard.PlainTensor: (UNREGISTERED, UNREGISTERED),
+    hard.PlainTensor: (UNREGISTERED, ""),
     hard.MadeInForward: ("is not installed as a submodule", ""),
     hard.BatchScale: ("", ""),
     hard.Views: ("", ""),
@@ -131,6 +133,8 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
 IN_ROOT: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.FunctionalDropout: ("", ""),  # a constant of the model's own that depends on the mode
     hard.CountsCalls: ("changes its attribute 'calls'", "writes 'calls' in place"),
+    hard.MakesSure: ("control flow", ""),
+    hard.Routing: ("", ""),  # where most of the model is inside, numbers from data are followed
 }
 """Why the model's own forward is refused, where that is not why a submodule stays whole."""
 
@@ -221,6 +225,7 @@ NETWORKS = {
         inputs=PACKED,
         refused={"record": "itself cannot be traced at hard_nets.py:"},
     ),
+    "one_table": Hard(build=nets.OneTable, inputs=IDS, options=THREE),
     "encoder": Hard(build=nets.Encoder, inputs=IDS),
     "encoder_in_3": Hard(build=nets.Encoder, inputs=IDS, options=THREE),
     "attention": Hard(build=nets.Attention, inputs="5x8", options=THREE),

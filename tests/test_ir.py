@@ -145,6 +145,8 @@ def other(value: Any) -> Any:
     """Another value of the same JSON type."""
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return 1
     return value + "x" if isinstance(value, str) else value + 1
 
 

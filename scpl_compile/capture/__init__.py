@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from scpl_compile.capture.captured import BATCH, DEVICE, Capture, ModuleCall, Switch
 from scpl_compile.capture.coarsen import coarsen
+from scpl_compile.capture.gather import gather_shared
 from scpl_compile.capture.graph import (
     CutCandidate,
     cut_candidates,
@@ -92,7 +93,7 @@ def capture(
     second = run_graph(model, graph, inputs, batch_size + 1, unknown)
     annotate(graph, first, second, batch_size)
     prefer_new_tensors(graph, unknown)
-    return Capture(
+    captured = Capture(
         model=model,
         graph=graph,
         frontend=frontend,
@@ -102,3 +103,5 @@ def capture(
         batch_size=batch_size,
         calls=calls_with_parts(traced.calls, parts),
     )
+    gather_shared(captured)
+    return captured

@@ -12,6 +12,8 @@ alias      "" (fresh memory) or whose memory it is: "parameter", "buffer", "inpu
 base       name of the earliest node whose memory it shares; its own name when fresh
 mutates    names of the argument nodes that it writes in place
 random     whether it draws random numbers in training mode
+varies     present where the size of its tensor depends on data
+moved      present where it runs earlier than in the model's code
 recipe     of a node of kind "other" that any stage can compute again: its value, with BATCH for
            the batch size and DEVICE for the device; the key is absent otherwise
 ops        the tensor operations that ran inside it, for the cost model

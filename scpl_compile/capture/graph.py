@@ -41,11 +41,11 @@ def cut_candidates(capture: Capture) -> list[CutCandidate]:
     """One candidate per boundary between two compute nodes, in one sweep over the graph.
 
     A cut is refused where something other than a tensor would cross (a shape that any stage can
-    compute again does not count), where a gradient-carrying tensor is a parameter or complex, where
-    none with a batch dimension crosses (the nodes before could not be trained), and where two
-    crossing tensors share memory that is written later. A gradient-carrying tensor without a batch
-    dimension (a position bias that every layer adds) crosses beside others: no local loss reads it,
-    so one that does must depend on it.
+    compute again does not count) or one whose size depends on data, where a gradient-carrying
+    tensor is a parameter or complex, where none with a batch dimension crosses (the nodes before
+    could not be trained), and where two crossing tensors share memory that is written later. A
+    gradient-carrying tensor without a batch dimension (a position bias that every layer adds)
+    crosses beside others: no local loss reads it, so one that does must depend on it.
     """
     nodes = capture.compute_nodes
     last_use = _last_uses(capture)
@@ -202,6 +202,8 @@ def _refusal(
         meta = node.meta["tensor"]
         if meta is None:
             return f"{node.name} is not a tensor"
+        if "varies" in node.meta:
+            return f"the size of {node.name} depends on data"
         if not meta.requires_grad:
             continue
         if node.meta["alias"] == "parameter":

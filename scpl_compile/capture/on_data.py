@@ -96,7 +96,10 @@ class _Fill:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, torch.SymInt):
-            return int(value.node.expr.subs(self._symbol, self._batch_size))
+            size = value.node.expr.subs(self._symbol, self._batch_size)
+            if not size.is_number:
+                raise Untraceable("takes a tensor whose size depends on values")
+            return int(size)
         if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
             return value
         shape = [self(size) for size in value.shape]
@@ -147,4 +150,4 @@ def random_input(spec: InputSpec, batch_size: int) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, dtype=dtype)
     high = spec.high or 2
-    return torch.randint(min(1, high - 1), high, shape).to(dtype)
+    return spec.ended(torch.randint(min(1, high - 1), high, shape)).to(dtype)

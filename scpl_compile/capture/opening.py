@@ -1,11 +1,13 @@
 """Which modules are opened, and why one is closed again: what both frontends share."""
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,19 +25,25 @@ from scpl_compile.errors import CaptureError, TraceError
 from scpl_compile.ir import InputSpec
 
 __all__ = [
+    "LOOKS_AT_DATA",
     "Frame",
     "Trace",
     "Untraceable",
     "calls_through",
     "check_model",
+    "here",
     "is_library_leaf",
+    "large_modules",
     "never_opened",
     "phrase",
     "place",
     "root_error",
     "single_call",
+    "user_frame",
     "why_closed",
 ]
+
+LOOKS_AT_DATA = "looks at the values of a tensor"
 
 _RANDOM = "random numbers drawn in Python"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -78,6 +86,15 @@ def is_library_leaf(module: nn.Module) -> bool:
     name = type(module).__module__
     library = name.startswith(("torch.nn.", "torch.ao.nn."))
     return library and not isinstance(module, _CONTAINERS)
+
+
+def large_modules(model: nn.Module) -> dict[str, bool]:
+    """Whether a module holds more than half of the model's parameters, by path; the model does."""
+    half = sum(p.numel() for p in model.parameters()) / 2
+    return {
+        path: not path or sum(p.numel() for p in module.parameters()) > half
+        for path, module in model.named_modules()
+    }
 
 
 @contextmanager
@@ -160,7 +177,7 @@ def single_call(model: nn.Module, inputs: tuple[InputSpec, ...]) -> Trace:
 def phrase(error: BaseException) -> str:
     """One line about an exception."""
     if isinstance(error, DataDependentOutputException):
-        return f"looks at the values of a tensor ({error})"
+        return f"{LOOKS_AT_DATA} ({error})"
     if isinstance(error, DynamicOutputShapeException):
         return f"makes a tensor whose size depends on values ({error})"
     text = " ".join(str(error).split())
@@ -174,12 +191,25 @@ def place(error: BaseException) -> str:
     files = [
         (Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
     ]
-    lines = [
-        f"{path.name}:{line}"
-        for path, line in files
-        if not (path.is_relative_to(_TORCH) or path.is_relative_to(_OWN))
-    ]
+    lines = [f"{path.name}:{line}" for path, line in files if not _is_foreign(path)]
     return lines[-1] if lines else ""
+
+
+def user_frame() -> FrameType:
+    """The innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe()
+    while frame.f_back and _is_foreign(Path(frame.f_code.co_filename)):
+        frame = frame.f_back
+    return frame
+
+
+def here(frame: FrameType) -> str:
+    """Where a frame is, as "net.py:42"."""
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _is_foreign(file: Path) -> bool:
+    return file.is_relative_to(_TORCH) or file.is_relative_to(_OWN)
 
 
 def root_error(model: nn.Module, reason: str, place: str) -> TraceError:

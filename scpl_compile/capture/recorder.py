@@ -12,49 +12,68 @@ the calls of modules, and between them the calls of torch's functions, as the us
 
 The batch size is a symbol (torch's ShapeEnv, the machinery of torch.export), the other sizes are
 numbers. Code that looks at data raises, code that branches on the batch size is noticed: as in the
-fx tracer, the module where that happens is then taken back and kept whole. Unlike a graph of
+fx tracer, the module where that happens is then taken back and kept whole. Only where most of the
+model is in that module, numbers that depend on data are followed too: what only makes sure of
+something (`assert lengths.max() <= n`) is recorded as torch._assert. Unlike a graph of
 torch.export, which consists of aten operations, this one says `F.softmax(x, -1)` where the user
 did, and knows with which arguments each module was called.
 """
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scpl_compile.capture.arguments import without_defaults
 from scpl_compile.capture.captured import ModuleCall
+from scpl_compile.capture.claims import claimed_answer
 from scpl_compile.capture.on_data import at_any_batch_size, run_on_data
 from scpl_compile.capture.opening import (
+    LOOKS_AT_DATA,
     Frame,
     Trace,
     Untraceable,
     calls_through,
     check_model,
+    here,
     is_library_leaf,
+    large_modules,
     never_opened,
     phrase,
     place,
     root_error,
     single_call,
+    user_frame,
     why_closed,
 )
 from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.state import ModelState, RandomState
-from scpl_compile.capture.symbols import BatchSymbols, expression_nodes
+from scpl_compile.capture.symbols import BatchSymbols, data_symbols, expression_nodes
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
-from scpl_compile.capture.values import Fields, is_constant, leaves, only_nodes, parts, plain_fields
-from scpl_compile.capture.watch import unwatched, watched
+from scpl_compile.capture.values import (
+    Fields,
+    is_alike,
+    is_constant,
+    leaves,
+    only_nodes,
+    parts,
+    plain_fields,
+    plain_tensors,
+)
+from scpl_compile.capture.watch import GRADIENT_MODES, unwatched, watched
 from scpl_compile.ir import InputSpec
 
 __all__ = ["record_mode"]
@@ -85,6 +104,7 @@ class _Mark:
 
     tail: Node
     num_bound: int
+    num_data: int
     state: ModelState
     randomness: RandomState
 
@@ -109,13 +129,18 @@ class _Recorder(TorchFunctionMode):
         self._counts: Counter[str] = Counter()
         self._calls: dict[str, ModuleCall] = {}
         self._guess = ""
-        env = BatchSymbols(self._on_guess)
-        self._fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        self._asked_data = False
+        self._symbols = BatchSymbols(self._on_guess, self._on_data)
+        self._fake = FakeTensorMode(shape_env=self._symbols, allow_non_fake_inputs=True)
         self._fake.cache_enabled = False  # what it remembers of a call, it asks nothing about
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._paths = {id(m): path for path, m in model.named_modules()}
-        self._names = {id(b): name for name, b in model.named_buffers()}
-        self._names |= {id(p): name for name, p in model.named_parameters()}
+        self._kept = {id(value): name for name, value in plain_tensors(model)}
+        self._kept |= {id(b): name for name, b in model.named_buffers()}
+        self._names = self._kept | {id(p): name for name, p in model.named_parameters()}
+        self._is_large = large_modules(model)
+        # The node and the dimension (None: the number itself) that a number from data comes from.
+        self._data: dict[Symbol, tuple[Node, int | None]] = {}
         # The node that gave a tensor, by the tensor's id; what has an id here stays alive, and
         # _bound remembers what each id stood for before, so that a rolled back module leaves none.
         self._node_of: dict[int, Node] = {}
@@ -199,6 +224,9 @@ class _Recorder(TorchFunctionMode):
             with unset_fake_temporarily():
                 mark.state.restore()  # what it keeps and draws, it does when it runs on data
                 mark.randomness.restore()
+        if not torch.is_grad_enabled():
+            inputs = (args, kwargs, list(m.parameters()))
+            return self._bind_detached(result, inputs, self._node("call_module", path, *node_args))
         return self._bind(result, self._node("call_module", path, *node_args))
 
     def _open(
@@ -232,6 +260,7 @@ class _Recorder(TorchFunctionMode):
             return _Mark(
                 tail=next(iter(reversed(self._graph.nodes))),
                 num_bound=len(self._bound),
+                num_data=len(self._data),
                 state=self._state.part(module),
                 randomness=RandomState.now(),
             )
@@ -245,6 +274,7 @@ class _Recorder(TorchFunctionMode):
             if node is mark.tail:
                 break
             self._graph.erase_node(node)
+        self._data = dict(islice(self._data.items(), mark.num_data))
         while len(self._bound) > mark.num_bound:
             value, before = self._bound.pop()
             if before is None:
@@ -257,7 +287,7 @@ class _Recorder(TorchFunctionMode):
 
     def report(self, reason: str) -> None:
         """Close the innermost opened module, because of `reason`."""
-        if not self._is_paused:
+        if not self._is_paused and reason not in GRADIENT_MODES:
             self._frames[-1].close(reason)
 
     def _on_guess(self, question: str, fixes: bool) -> None:
@@ -268,10 +298,33 @@ class _Recorder(TorchFunctionMode):
         elif fixes:
             self._guess = self._guess or reason
 
+    def _on_data(self, question: Any, is_claimed: bool) -> bool | None:
+        """Answer a question about numbers that depend on data; what only claims, is checked."""
+        if self._is_paused:
+            self._asked_data = True
+            return True if is_claimed else None
+        answer = True if is_claimed else claimed_answer(user_frame())
+        if answer is None:
+            self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
+        else:
+            self._check(self._expression(question), answer)
+        return answer
+
+    def _check(self, condition: Any, answer: bool) -> None:
+        """Record that `condition` must be `answer`."""
+        if not answer:
+            condition = self._operation(operator.not_, condition)
+        where = here(user_frame())
+        self._operation(torch._assert, condition, f"what {where} makes sure of does not hold")
+
     @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Record nothing: what runs belongs to one node."""
-        self._is_paused, self._guess = True, ""
+    def _paused(self, follow: bool = False) -> Iterator[None]:
+        """Record nothing: what runs belongs to one node.
+
+        follow: numbers that depend on data may come out of it, instead of an exception.
+        """
+        self._is_paused, self._guess, self._asked_data = True, "", False
+        self._symbols.follows_data = follow
         try:
             with unwatched():  # what torch's own code does is none of the user's
                 yield
@@ -287,8 +340,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
-        with self._paused():
+        with self._paused(follow=self._is_large[self._frames[-1].key.split("@")[0]]):
             result = func(*args, **kwargs)
+        if self._asked_data and isinstance(result, (bool, int, float)):
+            return self._truth(func, args, result)
         if guess := self._guess:  # often of a fast path, or whether memory lies in order
             size = self._batch, self._batch_size
             try:
@@ -297,8 +352,10 @@ class _Recorder(TorchFunctionMode):
             except Exception:
                 self.report(guess)
         is_write = writes_first_argument(func, args)
-        if not is_write and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if not is_write and not self._is_recorded(result):
             return result  # a size, a dtype, …: a number, or an expression in the batch size
+        if not torch.is_grad_enabled():
+            args, kwargs = self._without_gradient(args, kwargs, is_write)
         name = property_name(func)
         if getattr(func, "__name__", "") == "__set__":
             self.report(f"assigns the attribute {name!r} of a tensor")
@@ -309,7 +366,53 @@ class _Recorder(TorchFunctionMode):
             node = self._node(kind, target, self._argument(tuple(args)), self._argument(kwargs))
         if is_write and node.all_input_nodes and node.all_input_nodes[0].op == "get_attr":
             self.report(f"writes {node.all_input_nodes[0].target!r} in place")
+        if func is Tensor.to and id(args[0]) in self._kept and is_alike(result, args[0]):
+            return self._stand_for(args[0], node)  # it may be kept: `self.table = self.table.to(…)`
         return self._bind(result, node)
+
+    def _is_recorded(self, result: Any) -> bool:
+        """Whether a function made something new: a tensor, or a number from data."""
+        leaves = tree_leaves(result)
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            return True
+        return not set().union(*map(data_symbols, leaves)) <= self._data.keys()
+
+    def _truth(self, func: Any, args: Any, example: bool | int | float) -> Any:
+        """What `func` makes of data for Python's own use: `if mask.any():`, `float(x)`."""
+        answer = claimed_answer(user_frame()) if func is Tensor.__bool__ else None
+        if answer is None:
+            self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
+            return example
+        self._check(self._argument(args[0]), answer)
+        return answer
+
+    # --- no_grad
+
+    def _without_gradient(self, args: Any, kwargs: Any, is_write: bool) -> tuple[Any, Any]:
+        """The arguments of a call under no_grad, cut off from the gradient."""
+        if is_write and args[0].requires_grad:
+            self.report("writes a tensor with a gradient in place under no_grad")
+        detached: tuple[Any, Any] = tree_map_only(Tensor, self._detached, (args, kwargs))
+        return detached
+
+    def _detached(self, value: Tensor) -> Tensor:
+        return self._cut_off(value) if value.requires_grad else value
+
+    def _bind_detached(self, result: Any, given: Any, node: Node) -> Any:
+        """Bind what a module gave under no_grad, from these arguments and parameters."""
+        bound = self._bind(result, node)
+        leaves = tree_leaves(given)
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            return bound
+        return tree_map_only(Tensor, self._cut_off, bound)
+
+    def _cut_off(self, value: Tensor) -> Tensor:
+        if not (value.is_floating_point() or value.is_complex()):
+            return value
+        node = self._node("call_method", "detach", (self._tensor(value),), {})
+        with self._paused():
+            value = value.detach()
+        return self._stand_for(value, node)
 
     # --- values
 
@@ -329,13 +432,28 @@ class _Recorder(TorchFunctionMode):
             if is_known and not writes_first_argument(node.target):
                 with self._paused():
                     value = torch.ops.aten.alias.default(value)
-            self._bound.append((value, self._node_of.get(id(value))))
-            self._node_of[id(value)] = node
+            if symbols := data_symbols(value):
+                node.meta["varies"] = True
+                self._learn(value, symbols, node)
+            return self._stand_for(value, node)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self._data |= dict.fromkeys(data_symbols(value) - self._data.keys(), (node, None))
             return value
         for key, item, read in parts(value):
             if any(isinstance(leaf, Tensor) for leaf in leaves(item)):
                 self._bind(item, self._node("call_function", read, (node, key), {}))
         return value
+
+    def _stand_for(self, value: Tensor, node: Node) -> Tensor:
+        self._bound.append((value, self._node_of.get(id(value))))
+        self._node_of[id(value)] = node
+        return value
+
+    def _learn(self, value: Tensor, symbols: set[Symbol], node: Node) -> None:
+        """Remember that sizes of `value`, which `node` gives, are numbers from data."""
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr in symbols - self._data.keys():
+                self._data[size.node.expr] = node, dim
 
     def _argument(self, value: Any) -> Any:
         """`value` with nodes for tensors and for what depends on the batch or the device.
@@ -345,9 +463,8 @@ class _Recorder(TorchFunctionMode):
         """
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            symbol = self._batch.node.expr
-            return expression_nodes(value, symbol, self._size, self._operation)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._expression(value.node.expr)
         if isinstance(value, slice):
             return slice(*map(self._argument, (value.start, value.stop, value.step)))
         if isinstance(value, Mapping):
@@ -361,6 +478,22 @@ class _Recorder(TorchFunctionMode):
         if is_constant(value):
             return value
         raise Untraceable(f"passes a {type(value).__name__} on")
+
+    def _expression(self, expression: Any) -> Any:
+        return expression_nodes(expression, self._symbol, self._operation)
+
+    def _symbol(self, symbol: Symbol) -> Node:
+        """The node that gives the batch size, or a number from data.
+
+        Raises:
+            Untraceable: such a number was made inside a call.
+        """
+        if symbol == self._batch.node.expr:
+            return self._size
+        if symbol not in self._data:
+            raise Untraceable(LOOKS_AT_DATA)
+        node, dim = self._data[symbol]
+        return node if dim is None else self._node("call_method", "size", (node, dim), {})
 
     def _operation(self, function: Callable[..., Any], *args: Any) -> Node:
         return self._node("call_function", function, args, {})

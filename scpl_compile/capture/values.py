@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.fx import Node
 
-__all__ = ["Fields", "is_constant", "leaves", "only_nodes", "parts", "plain_fields"]
+__all__ = [
+    "Fields",
+    "is_alike",
+    "is_constant",
+    "leaves",
+    "only_nodes",
+    "parts",
+    "plain_fields",
+    "plain_tensors",
+]
 
 _CONSTANTS = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.layout,
               torch.memory_format)  # fmt: skip
@@ -60,3 +70,16 @@ def only_nodes(value: Any) -> Any:
 def is_constant(value: Any) -> bool:
     """Whether an argument can stand in a graph as it is."""
     return isinstance(value, _CONSTANTS)
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the tensors that are plain attributes of modules, and need no gradient."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and name.isidentifier() and not value.requires_grad:
+                yield f"{path}.{name}".lstrip("."), value
+
+
+def is_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether a conversion of one of them to the other's dtype and device does nothing."""
+    return (one.dtype, one.device) == (other.dtype, other.device)

@@ -18,7 +18,10 @@ from typing import Any, Final
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["unwatched", "watched"]
+__all__ = ["GRADIENT_MODES", "unwatched", "watched"]
+
+GRADIENT_MODES: Final = frozenset({"no_grad", "enable_grad", "set_grad_enabled"})
+"""What `watched` reports of a region in which gradients are recorded or not."""
 
 
 def _code(function: Any) -> CodeType:

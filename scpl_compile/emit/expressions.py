@@ -206,6 +206,10 @@ def statement(
     elif node.op == "call_method":
         _check_name(str(node.target), "method")
         head = f"{arguments.pop(0)}.{node.target}"
+    elif node.target is operator.setitem and not prefix:
+        index = _index(node.args[1], imports, variable)
+        place = f"{constant(node.args[0], imports, variable)}[{index}] = "
+        return expression_lines(place, constant(node.args[2], imports, variable), indent)
     else:
         special = _operator_text(node, imports, variable)
         if special is not None:

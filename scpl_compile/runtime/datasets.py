@@ -193,4 +193,4 @@ def _random_input(item: InputSpec, size: int, is_image: bool, generator: torch.G
     values = torch.randint(high, shape, generator=generator)
     if high == 2 and item.shape:
         values[..., 0] = 1  # a mask of nothing but padding would make attention give NaN
-    return values.to(dtype)
+    return item.ended(values).to(dtype)

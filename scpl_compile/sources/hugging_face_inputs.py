@@ -55,7 +55,10 @@ def _text(spec: str, main: str, model: nn.Module, names: tuple[str, ...]) -> tup
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         length = min(length, positions - _first_position(model))
-    ids = InputSpec(name=main, dtype="int64", shape=(length,), high=vocab_size)
+    # The heads of encoder-decoders read where the sentence ends, and want all rows to end alike.
+    end = getattr(config, "eos_token_id", None) if config.is_encoder_decoder else None
+    last = end if isinstance(end, int) and 0 <= end < vocab_size else None
+    ids = InputSpec(name=main, dtype="int64", shape=(length,), high=vocab_size, last=last)
     mask = InputSpec(name="attention_mask", dtype="int64", shape=(length,), high=2)
     return (ids, mask) if "attention_mask" in names else (ids,)
 

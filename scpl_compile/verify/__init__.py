@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_compile.capture.state import RandomState
+from scpl_compile.capture.values import plain_tensors
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Scalar
 from scpl_compile.runtime.program import Verification
@@ -165,7 +166,12 @@ class _Check:
         return values[self.plan.outputs[0]]
 
     def contents(self) -> None:
-        """Every stage has the parameters, buffers and stops that the plan gives it."""
+        """Every stage has the parameters, buffers and stops that the plan gives it.
+
+        What is a plain attribute of the model is a buffer of the stage that reads it, and in no
+        plan.
+        """
+        plain = {id(tensor) for _, tensor in plain_tensors(self.model)}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         for stage, module in zip(self.plan.stages, self.stages, strict=True):
@@ -175,7 +181,7 @@ class _Check:
             with context(f"stage {stage.index}"):
                 own = {id(t) for t in module.parameters()} - in_heads
                 _same_tensors("parameter", own, stage.parameters, parameters)
-                own = {id(t) for t in module.buffers()} - in_heads
+                own = {id(t) for t in module.buffers()} - in_heads - plain
                 _same_tensors("buffer", own, stage.buffers, buffers)
                 stops = sum(isinstance(part, StopGradient) for part in module.modules())
                 planned = sum("stop_at" in loss.options for loss in stage.losses)

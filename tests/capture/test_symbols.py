@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from scpl_compile.capture.opening import Untraceable
-from scpl_compile.capture.symbols import BatchSymbols, expression_nodes
+from scpl_compile.capture.symbols import BatchSymbols, data_symbols, expression_nodes
 
 EXAMPLE = 8
 
@@ -20,10 +24,11 @@ EXAMPLE = 8
 class Symbols:
     """A batch size as a symbol, and what is asked about it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_data: Any = lambda question, is_claimed: None) -> None:
         self.asked: list[tuple[str, bool]] = []
-        self.env = BatchSymbols(lambda question, fixes: self.asked.append((question, fixes)))
-        mode = FakeTensorMode(shape_env=self.env)
+        note = lambda question, fixes: self.asked.append((question, fixes))  # noqa: E731
+        self.env = BatchSymbols(note, on_data)
+        self.mode = mode = FakeTensorMode(shape_env=self.env)
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK, DimDynamic.STATIC])
         self.tensor = mode.from_tensor(torch.empty(EXAMPLE, 3), symbolic_context=context)
         self.batch: Any = self.tensor.shape[0]
@@ -34,7 +39,7 @@ def computed(value: Any, symbols: Symbols, batch: int) -> Any:
     graph = Graph()
     size = graph.placeholder("size")
     result = expression_nodes(
-        value, symbols.batch.node.expr, size, lambda f, *args: graph.call_function(f, args)
+        value.node.expr, lambda symbol: size, lambda f, *args: graph.call_function(f, args)
     )
     values: dict[Node, Any] = {size: batch}
     for node in graph.nodes:
@@ -124,12 +129,59 @@ def test_what_holds_at_every_batch_size_is_no_question(question: Callable[[Any],
     assert symbols.asked == []
 
 
+@pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.gt, operator.ge])
+@pytest.mark.parametrize("batch", [3, 4, 5])
+def test_comparisons_are_nodes_too(compare: Callable[[Any, Any], Any], batch: int) -> None:
+    symbols = Symbols()
+    assert computed(compare(symbols.batch * 2, 8), symbols, batch) is compare(batch * 2, 8)
+    assert symbols.asked == []
+
+
+def from_data(symbols: Symbols) -> Any:
+    """A number that depends on data."""
+    symbols.env.follows_data = True
+    with symbols.mode:
+        return (symbols.tensor > 0).sum().item()
+
+
+def test_numbers_that_depend_on_data_raise_unless_they_are_followed() -> None:
+    symbols = Symbols()
+    with pytest.raises(DataDependentOutputException), symbols.mode:
+        symbols.tensor.sum().item()
+    with pytest.raises(DynamicOutputShapeException), symbols.mode:
+        symbols.tensor.nonzero()
+    assert len(data_symbols(from_data(symbols))) == 1
+    with symbols.mode:
+        assert len(data_symbols(symbols.tensor[symbols.tensor > 0])) == 1
+    assert data_symbols(symbols.batch) == data_symbols(3) == set()
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_question_about_data_is_answered_by_who_follows_it(answer: bool) -> None:
+    asked: list[tuple[str, bool]] = []
+    symbols = Symbols(lambda question, claimed: asked.append((str(question), claimed)) or answer)
+    assert bool(from_data(symbols) <= 5) is answer
+    assert asked == [("u0 <= 5", False)]
+
+
+def test_what_torch_check_asks_is_a_claim() -> None:
+    asked: list[tuple[str, bool]] = []
+    symbols = Symbols(lambda question, claimed: asked.append((str(question), claimed)))
+    torch._check(from_data(symbols) <= 5)
+    assert asked == [("u0 <= 5", True)]
+
+
+@pytest.mark.parametrize("convert", [int, lambda number: len(range(number)), float])
+def test_torch_itself_goes_on_with_an_example(convert: Callable[[Any], Any]) -> None:
+    assert convert(from_data(Symbols())) == EXAMPLE
+
+
 def test_operations_are_pythons() -> None:
     symbols = Symbols()
     graph = Graph()
     size = graph.placeholder("size")
     node = expression_nodes(
-        symbols.batch // 2, symbols.batch.node.expr, size, lambda f, *a: graph.call_function(f, a)
+        (symbols.batch // 2).node.expr, lambda symbol: size, lambda f, *a: graph.call_function(f, a)
     )
     assert isinstance(node, Node)
     assert (node.target, node.args) == (operator.floordiv, (size, 2))
