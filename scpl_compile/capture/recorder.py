@@ -22,22 +22,21 @@ did, and knows with which arguments each module was called.
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scpl_compile.capture.arguments import without_defaults
+from scpl_compile.capture.bindings import Bindings
 from scpl_compile.capture.captured import ModuleCall
 from scpl_compile.capture.claims import claimed_answer
 from scpl_compile.capture.on_data import at_any_batch_size, run_on_data
@@ -61,17 +60,12 @@ from scpl_compile.capture.opening import (
 )
 from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.state import ModelState, RandomState
-from scpl_compile.capture.symbols import BatchSymbols, data_symbols, expression_nodes
+from scpl_compile.capture.symbols import BatchSymbols
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
 from scpl_compile.capture.values import (
-    Fields,
     is_alike,
-    is_constant,
-    leaves,
     only_nodes,
-    parts,
     plain_fields,
-    plain_tensors,
 )
 from scpl_compile.capture.watch import GRADIENT_MODES, unwatched, watched
 from scpl_compile.ir import InputSpec
@@ -102,9 +96,7 @@ def record_mode(
 class _Mark:
     """Where recording stood when a module was opened."""
 
-    tail: Node
-    num_bound: int
-    num_data: int
+    values: tuple[Node, int, int]
     state: ModelState
     randomness: RandomState
 
@@ -124,8 +116,8 @@ class _Recorder(TorchFunctionMode):
         self._inputs = inputs
         self._opaque = opaque
         self._batch_size = batch_size
-        self._graph = Graph()
         self._frames = [Frame("")]
+        self._values = Bindings(model, self._frames, self._alias)
         self._counts: Counter[str] = Counter()
         self._calls: dict[str, ModuleCall] = {}
         self._guess = ""
@@ -135,16 +127,7 @@ class _Recorder(TorchFunctionMode):
         self._fake.cache_enabled = False  # what it remembers of a call, it asks nothing about
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._paths = {id(m): path for path, m in model.named_modules()}
-        self._kept = {id(value): name for name, value in plain_tensors(model)}
-        self._kept |= {id(b): name for name, b in model.named_buffers()}
-        self._names = self._kept | {id(p): name for name, p in model.named_parameters()}
         self._is_large = large_modules(model)
-        # The node and the dimension (None: the number itself) that a number from data comes from.
-        self._data: dict[Symbol, tuple[Node, int | None]] = {}
-        # The node that gave a tensor, by the tensor's id; what has an id here stays alive, and
-        # _bound remembers what each id stood for before, so that a rolled back module leaves none.
-        self._node_of: dict[int, Node] = {}
-        self._bound: list[tuple[Tensor, Node | None]] = []
         self._is_paused = False
 
     # --- the whole model
@@ -154,11 +137,7 @@ class _Recorder(TorchFunctionMode):
         model = self._model
         with quiet(), self._fake:
             values = {spec.name: self._placeholder(spec) for spec in self._inputs}
-        create, first = self._graph.create_node, next(iter(self._graph.nodes))
-        self._size = create("call_method", "size", (first, 0), {}, "batch_size")
-        self._place = create("call_function", getattr, (first, "device"), {}, "input_device")
-        for node in self._graph.nodes:
-            node.meta["scope"] = ()
+        self._values.finish_inputs()
         self._state = ModelState.of(model)
         mark = self._mark(model)
         try:
@@ -170,8 +149,9 @@ class _Recorder(TorchFunctionMode):
             raise root_error(model, reason or phrase(error), place(error)) from error
         if reason:
             raise root_error(model, reason, "")
-        self._node("output", "output", (only_nodes(self._nodes(plain_fields(result))),), {})
-        return Trace(graph=self._graph, calls=self._calls)
+        outputs = only_nodes(self._values.nodes(plain_fields(result)))
+        self._values.node("output", "output", (outputs,), {})
+        return Trace(graph=self._values.graph, calls=self._calls)
 
     def _placeholder(self, spec: InputSpec) -> Tensor:
         """A fake tensor (batch, *shape) whose first size is the symbol of the batch."""
@@ -182,8 +162,8 @@ class _Recorder(TorchFunctionMode):
         value = self._fake.from_tensor(
             real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)
         )
-        node = self._graph.placeholder(spec.name)
-        self._bind(value, node)
+        node = self._values.graph.placeholder(spec.name)
+        self._values.bind(value, node)
         return value
 
     # --- modules
@@ -211,7 +191,7 @@ class _Recorder(TorchFunctionMode):
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         given = without_defaults(m, tuple(args), kwargs)
-        node_args = self._argument(given[0]), self._argument(given[1])
+        node_args = self._values.argument(given[0]), self._values.argument(given[1])
         mark = self._mark(m)
         with self._paused():
             try:
@@ -220,14 +200,15 @@ class _Recorder(TorchFunctionMode):
                     raise Untraceable(self._guess)
             except Exception:
                 call = partial(forward, m)
-                result = run_on_data(call, args, kwargs, self._batch, self._batch_size)
+                result = run_on_data(call, args, kwargs, self._values.batch, self._batch_size)
             with unset_fake_temporarily():
                 mark.state.restore()  # what it keeps and draws, it does when it runs on data
                 mark.randomness.restore()
+        node = self._values.node("call_module", path, *node_args)
         if not torch.is_grad_enabled():
             inputs = (args, kwargs, list(m.parameters()))
-            return self._bind_detached(result, inputs, self._node("call_module", path, *node_args))
-        return self._bind(result, self._node("call_module", path, *node_args))
+            return self._bind_detached(result, inputs, node)
+        return self._values.bind(result, node)
 
     def _open(
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -236,7 +217,7 @@ class _Recorder(TorchFunctionMode):
         count = self._counts[path]
         key = f"{path}@{count}" if count else path
         self._counts[path] += 1
-        given = self._nodes((tuple(args), kwargs))
+        given = self._values.nodes((tuple(args), kwargs))
         frame = Frame(key)
         self._frames.append(frame)
         try:
@@ -251,16 +232,14 @@ class _Recorder(TorchFunctionMode):
             self._opaque[path] = reason
             return self._call_whole(m, path, forward, args, kwargs)
         self._calls[key] = ModuleCall(
-            path=path, args=given[0], kwargs=given[1], result=self._nodes(result)
+            path=path, args=given[0], kwargs=given[1], result=self._values.nodes(result)
         )
         return result
 
     def _mark(self, module: nn.Module) -> _Mark:
         with self._paused(), unset_fake_temporarily():
             return _Mark(
-                tail=next(iter(reversed(self._graph.nodes))),
-                num_bound=len(self._bound),
-                num_data=len(self._data),
+                values=self._values.mark(),
                 state=self._state.part(module),
                 randomness=RandomState.now(),
             )
@@ -270,17 +249,7 @@ class _Recorder(TorchFunctionMode):
             return why_closed(frame, mark.state, mark.randomness)
 
     def _roll_back(self, mark: _Mark) -> None:
-        for node in reversed(self._graph.nodes):
-            if node is mark.tail:
-                break
-            self._graph.erase_node(node)
-        self._data = dict(islice(self._data.items(), mark.num_data))
-        while len(self._bound) > mark.num_bound:
-            value, before = self._bound.pop()
-            if before is None:
-                self._node_of.pop(id(value), None)
-            else:
-                self._node_of[id(value)] = before
+        self._values.roll_back(mark.values)
         with self._paused(), unset_fake_temporarily():
             mark.state.restore()
             mark.randomness.restore()
@@ -307,15 +276,16 @@ class _Recorder(TorchFunctionMode):
         if answer is None:
             self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
         else:
-            self._check(self._expression(question), answer)
+            self._check(self._values.expression(question), answer)
         return answer
 
     def _check(self, condition: Any, answer: bool) -> None:
         """Record that `condition` must be `answer`."""
         if not answer:
-            condition = self._operation(operator.not_, condition)
+            condition = self._values.operation(operator.not_, condition)
         where = here(user_frame())
-        self._operation(torch._assert, condition, f"what {where} makes sure of does not hold")
+        text = f"what {where} makes sure of does not hold"
+        self._values.operation(torch._assert, condition, text)
 
     @contextmanager
     def _paused(self, follow: bool = False) -> Iterator[None]:
@@ -345,7 +315,7 @@ class _Recorder(TorchFunctionMode):
         if self._asked_data and isinstance(result, (bool, int, float)):
             return self._truth(func, args, result)
         if guess := self._guess:  # often of a fast path, or whether memory lies in order
-            size = self._batch, self._batch_size
+            size = self._values.batch, self._batch_size
             try:
                 with self._paused():
                     result = at_any_batch_size(result, func, args, kwargs, *size)
@@ -359,23 +329,24 @@ class _Recorder(TorchFunctionMode):
         name = property_name(func)
         if getattr(func, "__name__", "") == "__set__":
             self.report(f"assigns the attribute {name!r} of a tensor")
+        values = self._values
         if name:
-            node = self._node("call_function", getattr, (self._argument(args[0]), name), {})
+            kind, target, args, kwargs = "call_function", getattr, (args[0], name), {}
         else:
             kind, target, args, kwargs = torch_call(func, args, kwargs)
-            node = self._node(kind, target, self._argument(tuple(args)), self._argument(kwargs))
+        node = values.node(kind, target, values.argument(tuple(args)), values.argument(kwargs))
         if is_write and node.all_input_nodes and node.all_input_nodes[0].op == "get_attr":
             self.report(f"writes {node.all_input_nodes[0].target!r} in place")
-        if func is Tensor.to and id(args[0]) in self._kept and is_alike(result, args[0]):
-            return self._stand_for(args[0], node)  # it may be kept: `self.table = self.table.to(…)`
-        return self._bind(result, node)
+        if func is Tensor.to and id(args[0]) in values.kept and is_alike(result, args[0]):
+            return values.stand_for(args[0], node)  # `self.table = self.table.to(…)` may keep it
+        return values.bind(result, node)
 
     def _is_recorded(self, result: Any) -> bool:
         """Whether a function made something new: a tensor, or a number from data."""
         leaves = tree_leaves(result)
         if any(isinstance(leaf, Tensor) for leaf in leaves):
             return True
-        return not set().union(*map(data_symbols, leaves)) <= self._data.keys()
+        return any(map(self._values.is_new, leaves))
 
     def _truth(self, func: Any, args: Any, example: bool | int | float) -> Any:
         """What `func` makes of data for Python's own use: `if mask.any():`, `float(x)`."""
@@ -383,8 +354,12 @@ class _Recorder(TorchFunctionMode):
         if answer is None:
             self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
             return example
-        self._check(self._argument(args[0]), answer)
+        self._check(self._values.argument(args[0]), answer)
         return answer
+
+    def _alias(self, value: Tensor) -> Tensor:
+        with self._paused():
+            return torch.ops.aten.alias.default(value)  # type: ignore[no-any-return]
 
     # --- no_grad
 
@@ -400,7 +375,7 @@ class _Recorder(TorchFunctionMode):
 
     def _bind_detached(self, result: Any, given: Any, node: Node) -> Any:
         """Bind what a module gave under no_grad, from these arguments and parameters."""
-        bound = self._bind(result, node)
+        bound = self._values.bind(result, node)
         leaves = tree_leaves(given)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             return bound
@@ -409,121 +384,7 @@ class _Recorder(TorchFunctionMode):
     def _cut_off(self, value: Tensor) -> Tensor:
         if not (value.is_floating_point() or value.is_complex()):
             return value
-        node = self._node("call_method", "detach", (self._tensor(value),), {})
+        node = self._values.node("call_method", "detach", (self._values.tensor(value),), {})
         with self._paused():
             value = value.detach()
-        return self._stand_for(value, node)
-
-    # --- values
-
-    def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> Node:
-        node: Node = self._graph.create_node(op, target, args, kwargs)
-        node.meta["scope"] = tuple(frame.key for frame in self._frames[1:])
-        return node
-
-    def _bind(self, value: Any, node: Node) -> Any:
-        """Let `node` stand for the tensors in `value`; gives what the model's code goes on with.
-
-        A function that gives back the very tensor that it was given (dropout in evaluation) gets
-        an object of its own: otherwise every later use of its argument would read its result.
-        """
-        if isinstance(value, Tensor):
-            is_known = id(value) in self._node_of or id(value) in self._names
-            if is_known and not writes_first_argument(node.target):
-                with self._paused():
-                    value = torch.ops.aten.alias.default(value)
-            if symbols := data_symbols(value):
-                node.meta["varies"] = True
-                self._learn(value, symbols, node)
-            return self._stand_for(value, node)
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            self._data |= dict.fromkeys(data_symbols(value) - self._data.keys(), (node, None))
-            return value
-        for key, item, read in parts(value):
-            if any(isinstance(leaf, Tensor) for leaf in leaves(item)):
-                self._bind(item, self._node("call_function", read, (node, key), {}))
-        return value
-
-    def _stand_for(self, value: Tensor, node: Node) -> Tensor:
-        self._bound.append((value, self._node_of.get(id(value))))
-        self._node_of[id(value)] = node
-        return value
-
-    def _learn(self, value: Tensor, symbols: set[Symbol], node: Node) -> None:
-        """Remember that sizes of `value`, which `node` gives, are numbers from data."""
-        for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt) and size.node.expr in symbols - self._data.keys():
-                self._data[size.node.expr] = node, dim
-
-    def _argument(self, value: Any) -> Any:
-        """`value` with nodes for tensors and for what depends on the batch or the device.
-
-        Raises:
-            Untraceable: it holds something that has no place in a graph.
-        """
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return self._expression(value.node.expr)
-        if isinstance(value, slice):
-            return slice(*map(self._argument, (value.start, value.stop, value.step)))
-        if isinstance(value, Mapping):
-            return {key: self._argument(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return tuple(self._argument(item) for item in value)
-        if isinstance(value, list):
-            return [self._argument(item) for item in value]
-        if isinstance(value, torch.device):
-            return self._place
-        if is_constant(value):
-            return value
-        raise Untraceable(f"passes a {type(value).__name__} on")
-
-    def _expression(self, expression: Any) -> Any:
-        return expression_nodes(expression, self._symbol, self._operation)
-
-    def _symbol(self, symbol: Symbol) -> Node:
-        """The node that gives the batch size, or a number from data.
-
-        Raises:
-            Untraceable: such a number was made inside a call.
-        """
-        if symbol == self._batch.node.expr:
-            return self._size
-        if symbol not in self._data:
-            raise Untraceable(LOOKS_AT_DATA)
-        node, dim = self._data[symbol]
-        return node if dim is None else self._node("call_method", "size", (node, dim), {})
-
-    def _operation(self, function: Callable[..., Any], *args: Any) -> Node:
-        return self._node("call_function", function, args, {})
-
-    @property
-    def _batch(self) -> torch.SymInt:
-        """The batch size, as a symbol."""
-        size = self._bound[0][0].shape[0]
-        assert isinstance(size, torch.SymInt)
-        return size
-
-    def _tensor(self, value: Tensor) -> Node:
-        if id(value) in self._node_of:
-            return self._node_of[id(value)]
-        if id(value) not in self._names:
-            raise Untraceable("uses a tensor that is neither parameter nor buffer")
-        return self._node("get_attr", self._names[id(value)], (), {})
-
-    def _nodes(self, value: Any) -> Any:
-        """`value` with nodes in place of known tensors, what else it holds left as it is."""
-        if isinstance(value, Tensor):
-            is_known = id(value) in self._node_of or id(value) in self._names
-            return self._tensor(value) if is_known else value
-        if isinstance(value, slice):
-            return slice(*map(self._nodes, (value.start, value.stop, value.step)))
-        fields = plain_fields(value)
-        if isinstance(fields, Mapping):
-            items = {key: self._nodes(item) for key, item in fields.items()}
-            return items if fields is value else Fields(items)
-        if isinstance(value, (tuple, list)):
-            nodes = [self._nodes(item) for item in value]
-            return nodes if isinstance(value, list) else tuple(nodes)
-        return value
+        return self._values.stand_for(value, node)
