@@ -458,6 +458,20 @@ def test_a_tensor_that_its_owner_keeps_is_sent_as_a_copy(tmp_path: Path) -> None
         edited(program, "cut(special, clone=True)", "cut(special)", tmp_path)
 
 
+class WritesUnseen(Autocast):
+    """Writes what it was given where autograd does not see it; nor does capture, as it is whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.clamp_(max=0.5)
+        return super().forward(x * 1)
+
+
+def test_a_write_that_autograd_does_not_see_is_found() -> None:
+    with pytest.raises(VerifyError, match=r"stage 1: it writes .* 'relu' .*unseen by autograd"):
+        compiled(Net(WritesUnseen()), "relu")
+    assert compiled(Net(WritesUnseen()), "special").verification.is_verified
+
+
 # ---------------------------------------------------------------------- models that fail
 
 
