@@ -29,6 +29,9 @@ _SMALL = 0.25
 """Of a stage's even share: an opaque module up to this cost stands in nobody's way."""
 _BALANCED = 1.05
 """Of a stage's even share: a bottleneck that no other frontend could lower by much."""
+_FAR = 1.2
+"""Of a stage's even share: a bottleneck for which even small opaque modules may be the reason: what
+they give besides tensors (a height, a width) cannot cross a cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,4 +151,5 @@ def _is_balanced(fine: Capture, costs: Mapping[str, NodeCost], stage_us: Sequenc
     share = fsum(stage_us) / len(stage_us)
     opaque = {path for path, _ in fine.opaque}
     whole = [costs[n.name].total_us for n in fine.compute_nodes if n.target in opaque]
-    return max(whole, default=0.0) <= _SMALL * share or max(stage_us) <= _BALANCED * share
+    limit = _FAR if max(whole, default=0.0) <= _SMALL * share else _BALANCED
+    return not whole or max(stage_us) <= limit * share

@@ -74,6 +74,34 @@ def test_a_large_module_that_fx_keeps_whole_is_opened_by_record() -> None:
     assert found.partition.bottleneck_us < whole.partition.bottleneck_us
 
 
+class Sized(nn.Module):
+    """Gives a size besides its tensor; fx keeps it whole, as it looks at the size."""
+
+    def forward(self, x):
+        return x, x.shape[1] if x.shape[1] > 1 else 1
+
+
+def test_a_small_module_whose_size_stands_in_the_way_of_cuts_is_opened() -> None:
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sized = Sized()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(20))
+
+        def forward(self, x):
+            x, size = self.sized(x)
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+            return x.view(-1, size)
+
+    with pytest.raises(PartitionError, match=r"is not a tensor.*'part.sized' was kept whole"):
+        cut(Net(Uses()), num_stages=4, frontend="fx")
+    whole = cut(Net(Uses()), frontend="fx")
+    found = cut(Net(Uses()))
+    assert found.capture.frontend == "record"
+    assert found.partition.bottleneck_us < 0.8 * whole.partition.bottleneck_us
+
+
 def test_of_two_that_keep_it_whole_the_better_is_taken() -> None:
     found = cut(Net(hard.Autocast()))
     both = [cut(Net(hard.Autocast()), frontend=name) for name in ("fx", "record")]

@@ -296,7 +296,11 @@ class OwnGenerator(Inner):
 
 
 def test_a_model_that_cannot_be_repeated_is_an_error() -> None:
-    with pytest.raises(VerifyError, match="output differs from the model's in train mode"):
+    with pytest.raises(
+        VerifyError,
+        match=r"in train mode at batch size 3 does not give the same again .* 'special' "
+        r"\(OwnGenerator, 3x8\): turn its randomness off",
+    ):
         compiled(Net(OwnGenerator()), "first")
 
 
@@ -456,6 +460,20 @@ def test_a_tensor_that_its_owner_keeps_is_sent_as_a_copy(tmp_path: Path) -> None
     }  # fmt: skip
     with pytest.raises(VerifyError, match="its next forward writes into what it has sent"):
         edited(program, "cut(special, clone=True)", "cut(special)", tmp_path)
+
+
+class WritesUnseen(Autocast):
+    """Writes what it was given where autograd does not see it; nor does capture, as it is whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.clamp_(max=0.5)
+        return super().forward(x * 1)
+
+
+def test_a_write_that_autograd_does_not_see_is_found() -> None:
+    with pytest.raises(VerifyError, match=r"stage 1: it writes .* 'relu' .*unseen by autograd"):
+        compiled(Net(WritesUnseen()), "relu")
+    assert compiled(Net(WritesUnseen()), "special").verification.is_verified
 
 
 # ---------------------------------------------------------------------- models that fail

@@ -213,11 +213,6 @@ def _cause(stage: Stage, plan: Plan, pieces: Sequence[Piece], model: nn.Module) 
     whole = [item for item in plan.opaque if _holds(stage, item[0])]
     shares = {path: opaque_share(pieces, [path]) for path, _ in whole}
     path, reason = max(whole, key=lambda item: shares[item[0]], default=("", ""))
-    if shares.get(path, 0.0) > _NOTABLE:
-        return (
-            f"{path!r} was kept whole ({shares[path]:.0%} of the cost): {reason}; change that "
-            "code, or ask for fewer stages"
-        )
     if again:
         name = max(again, key=lambda name: opaque_share(pieces, [name]))
         return (
@@ -228,6 +223,11 @@ def _cause(stage: Stage, plan: Plan, pieces: Sequence[Piece], model: nn.Module) 
         return (
             f"{' and '.join(tied)} are one parameter, which keeps what lies between in one stage: "
             "give each its own, or ask for fewer stages"
+        )
+    if shares.get(path, 0.0) > _NOTABLE:
+        return (
+            f"{path!r} was kept whole ({shares[path]:.0%} of the cost): {reason}; change that "
+            "code, or ask for fewer stages"
         )
     return "no better place allows a cut: ask for fewer stages, or name places with --split-at"
 

@@ -221,8 +221,6 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
 _INPUTS: Mapping[str, str] = {
     "canine": "input_ids:int64:128<1000,attention_mask:int64:128<2",
     **dict.fromkeys(("jamba", "zamba"), "input_ids:int64:32<1000,attention_mask:int64:32<2"),
-    "siglip2": "pixel_values:float32:256x768,pixel_attention_mask:int64:256<2,"
-    "spatial_shapes:int64:2<17",
     "wav2vec2-bert": "input_features:float32:100x160",
 }
 

@@ -19,6 +19,7 @@ from scpl_compile.capture.graph import (
     cut_candidates,
     node_parameters,
     tied_groups,
+    trained_nodes,
 )
 from scpl_compile.capture.modes import trace
 from scpl_compile.capture.normalize import (
@@ -47,6 +48,7 @@ __all__ = [
     "cut_candidates",
     "node_parameters",
     "tied_groups",
+    "trained_nodes",
 ]
 
 

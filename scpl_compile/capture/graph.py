@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from scpl_compile.capture.captured import Capture
 
-__all__ = ["CutCandidate", "cut_candidates", "node_parameters", "tied_groups"]
+__all__ = ["CutCandidate", "cut_candidates", "node_parameters", "tied_groups", "trained_nodes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +105,35 @@ def node_parameters(capture: Capture) -> dict[str, tuple[str, ...]]:
         node.name: tuple(dict.fromkeys(names[id(p)] for p in _parameters(capture.model, node)))
         for node in capture.compute_nodes
     }
+
+
+def trained_nodes(capture: Capture) -> set[str]:
+    """Names of the compute nodes that a gradient of the output reaches.
+
+    The others are dead ends (a head whose result is dropped, a module called for its side effect
+    alone): a stage of these would have no loss.
+    """
+    writers: dict[str, list[Node]] = defaultdict(list)
+    bases = {n.name: n.meta["base"] for n in capture.graph.nodes if n.op != "output"}
+    for node in capture.compute_nodes:
+        for name in node.meta["mutates"]:
+            writers[bases[name]].append(node)
+    found: set[Node] = set()
+    pending = list(capture.graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found and _passes_gradient(node):
+            found.add(node)
+            pending += [*node.all_input_nodes, *writers[node.meta["base"]]]
+    return {node.name for node in capture.compute_nodes if node in found}
+
+
+def _passes_gradient(node: Node) -> bool:
+    """Whether a gradient may go through; what is left out at random may only seem not to."""
+    meta = node.meta["tensor"]
+    if meta is None:
+        return "recipe" not in node.meta
+    return bool(meta.requires_grad or node.meta["random"])
 
 
 def _parameters(model: nn.Module, node: Node) -> Iterator[nn.Parameter]:

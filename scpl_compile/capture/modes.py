@@ -106,6 +106,8 @@ def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
     Constants that differ where that is allowed become Switch in the training graph.
     """
     own_training, own_evaluation = _own_code(training.graph), _own_code(evaluation.graph)
+    if idle := _idle_in_one(training, evaluation, own_training, own_evaluation):
+        return idle
     scopes = {
         scope
         for scope in own_training.keys() & own_evaluation.keys()
@@ -121,6 +123,25 @@ def _differing_modules(training: Trace, evaluation: Trace) -> set[str]:
         scopes = _switch_constants(training.graph, evaluation.graph)
         scopes = scopes or _differing_wiring(training.graph, evaluation.graph)
     return {training.calls[scope[-1]].path for scope in scopes}
+
+
+def _idle_in_one(
+    training: Trace,
+    evaluation: Trace,
+    own_training: Mapping[Scope, list[Any]],
+    own_evaluation: Mapping[Scope, list[Any]],
+) -> set[str]:
+    """Paths of the modules that both modes call and that compute something in one of them only.
+
+    Stochastic depth gives back what it was given in evaluation: it, not the block around it.
+    """
+    return {
+        training.calls[scope[-1]].path
+        for scope in own_training.keys() ^ own_evaluation.keys()
+        for own in (own_training.get(scope) or own_evaluation[scope],)
+        if scope[-1] in training.calls.keys() & evaluation.calls.keys()
+        and any(entry[0] != "call" for entry in own)
+    }
 
 
 def _root_error(target: Any) -> TraceError:

@@ -1,6 +1,6 @@
 """What a cut at every place of the graph would mean for a method: the partitioner's problem."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
 import networkx as nx
@@ -12,6 +12,7 @@ from scpl_compile.capture import (
     cut_candidates,
     node_parameters,
     tied_groups,
+    trained_nodes,
 )
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
@@ -78,12 +79,13 @@ def _graph(capture: Capture, costs: Mapping[str, NodeCost]) -> nx.DiGraph:
     groups = tied_groups(capture)
     parameters = node_parameters(capture)
     trained = {name for name, p in capture.model.named_parameters() if p.requires_grad}
+    reached = trained_nodes(capture)
     for node in capture.compute_nodes:
         graph.add_node(
             node.name,
             cost_us=costs[node.name].total_us,
             group=groups.get(node.name),
-            trainable=not trained.isdisjoint(parameters[node.name]),
+            trainable=node.name in reached and not trained.isdisjoint(parameters[node.name]),
         )
     for node in capture.compute_nodes:
         graph.add_edges_from(
@@ -117,7 +119,7 @@ def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
     """The graph node after which each of `names` ends: a node's name or a module's path.
 
     Raises:
-        PartitionError: there is no such module.
+        PartitionError: there is no such module, or the output does not need it.
     """
     last: dict[str, str] = {}
     paths: dict[fx.Node, str] = {}  # of the module whose result, or whose container's item, it is
@@ -133,8 +135,33 @@ def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
                 paths[node] = paths[container]
         if node in paths:
             last[paths[node]] = node.name
-    missing = [name for name in names if name not in last]
-    if missing:
-        known = ", ".join([name for name, _ in capture.model.named_children()][:12])
-        raise PartitionError(f"--split-at {missing[0]!r} is no module of the model; it has {known}")
+    for name in names:
+        if name not in last:
+            raise PartitionError(f"--split-at {name!r} {_why_no_place(capture, name, last)}")
     return [last[name] for name in names]
+
+
+def _why_no_place(capture: Capture, name: str, known: Container[str]) -> str:
+    """Why the graph has no node of `name`, and what to name instead."""
+    modules = dict(capture.model.named_modules())
+    if name not in modules:
+        children = ", ".join([child for child, _ in capture.model.named_children()][:12])
+        return f"is no module of the model; it has {children}"
+    inside = [path for path in modules if path.startswith(f"{name}.") and path in known]
+    if inside:
+        return f"is a container that is not called itself; name the last of {_listed(inside)}"
+    called = {str(node.target) for node in capture.graph.find_nodes(op="call_module")}
+    around = [p for p in called if p in modules and (not p or name.startswith(f"{p}."))]
+    if around:
+        whole, *_ = around
+        reason = dict(capture.opaque).get(whole, f"{type(modules[whole]).__name__} is of torch.nn")
+        return f"lies in {whole or 'the model'!r}, which is kept whole ({reason}); name another"
+    places = [path for path in modules if path in known]
+    return (
+        "is a module that the output does not depend on (it is not called, or nothing uses what "
+        f"it gives); name another module, as {_listed(places)}"
+    )
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(paths[:8]) + (", …" if len(paths) > 8 else "")

@@ -139,8 +139,7 @@ def _view(
     k: int, flow: Flow, nodes: Mapping[str, fx.Node], capture: Capture, num_classes: int
 ) -> StageView:
     is_last = k == flow.num_stages - 1
-    own = (name for name in flow.sent(k) if flow.stage_of.get(name) == k)
-    sends = _gradient_values(nodes[name] for name in own)
+    sends = _gradient_values(nodes[name] for name in flow.sent(k) if name in _made(k, flow, nodes))
     if not is_last and not sends:
         raise MethodError(
             "no tensor that carries a gradient leaves it, so nothing could train it; "
@@ -155,6 +154,15 @@ def _view(
         logits=flow.output if is_last else "",
         num_classes=num_classes,
     )
+
+
+def _made(k: int, flow: Flow, nodes: Mapping[str, fx.Node]) -> set[str]:
+    """What stage k computes, and what it has received and writes anew in place."""
+    own = {name for name, stage in flow.stage_of.items() if stage == k}
+    written = {nodes[name].meta["base"] for node in own for name in nodes[node].meta["mutates"]}
+    return own | {
+        name for name in nodes.keys() & flow.sent(k) if nodes[name].meta["base"] in written
+    }
 
 
 def _feature(k: int, flow: Flow, nodes: Mapping[str, fx.Node], model: nn.Module) -> Value | None:

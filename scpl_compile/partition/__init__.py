@@ -168,7 +168,8 @@ def _too_many(problem: PartitionProblem, num_stages: int, limit: int) -> str:
     told = "; ".join(f"{count} ruled out: {why}" for why, count in reasons)
     places = [not why for why in obstacles(problem)]
     if max_stages([cost > 0 for cost in problem.cost_us], places) > limit:
-        told += f"{'; ' if told else ''}every stage needs a parameter that trains"
+        told += "; " if told else ""
+        told += "every stage needs a parameter that trains and on which the output depends"
     because = f" ({told})" if told else ""
     return (
         f"asked for {num_stages} stages, but the model has {only} to cut{because}; "
@@ -181,7 +182,8 @@ def _idle_stage(problem: PartitionProblem, start: int, end: int) -> str:
     cut = names[end if start < 0 else start]
     return (
         f"the stage from {names[start + 1]!r} to {names[end]!r} would have nothing to train "
-        f"(no parameter in it needs a gradient); leave out the cut after {cut!r}"
+        f"(no parameter in it needs a gradient, or the output depends on none of them); "
+        f"leave out the cut after {cut!r}"
     )
 
 

@@ -19,7 +19,7 @@ def hugging_face_inputs(spec: str, model: nn.Module) -> tuple[InputSpec, ...]:
     """Token ids with their mask, images, or audio: what the model's main input is.
 
     Raises:
-        SourceError: the configuration does not say it.
+        SourceError: the configuration does not say it, or random inputs would not fit the model.
     """
     model_: Any = model
     config, main = model_.config, model_.main_input_name
@@ -27,6 +27,12 @@ def hugging_face_inputs(spec: str, model: nn.Module) -> tuple[InputSpec, ...]:
     shape: tuple[Any, ...] = ()
     if main in ("input_ids", "inputs") and main in names:
         return _text(spec, main, model, names)
+    if "spatial_shapes" in names:
+        raise SourceError(
+            f"{spec} takes patches and the heights and widths that they have (spatial_shapes), and "
+            "no random numbers fit these; wrap it in a callable of your own, file.py:build, whose "
+            "forward takes pixel_values alone and gives the model a constant spatial_shapes"
+        )
     if main == "pixel_values":
         shape = _image(config)
     elif main == "input_values":

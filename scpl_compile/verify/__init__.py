@@ -207,15 +207,30 @@ class _Check:
         worst = difference(output, expected)
         if worst > RTOL:
             self._begin(training=training)
-            first = first_difference(
-                self.model, lambda: self._eager(inputs), lambda: self._chain(inputs)
-            )
-            raise VerifyError(
-                f"the stages' output differs from the model's {place} by {worst:.1e} of its "
-                f"largest element (allowed {RTOL:.0e}); {first}"
-            )
+            raise self._difference(inputs, place, worst)
         figures, key = self.found.figures, f"forward_{mode}"
         figures[key] = max(float(figures.get(key, 0.0)), worst)
+
+    def _difference(self, inputs: tuple[Tensor, ...], place: str, worst: float) -> VerifyError:
+        def run_model() -> Tensor:
+            return self._eager(inputs)
+
+        if first := first_difference(self.model, run_model, run_model):
+            return VerifyError(
+                f"the model {place} does not give the same again from the same random state, so "
+                f"nothing can be compared; {first}: turn its randomness off (dropout 0), or let it "
+                "draw from the global generators without seeding them (torch.seed)"
+            )
+        first = first_difference(self.model, run_model, lambda: self._chain(inputs))
+        return VerifyError(
+            f"the stages' output differs from the model's {place} by {worst:.1e} of its largest "
+            f"element (allowed {RTOL:.0e}); "
+            + (
+                first
+                or "every module that the stages call gives the same, so the code between "
+                "them differs"
+            )
+        )
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> set[str]:
         """The logits' gradients are the model's; gives the parameters that train in the model."""

@@ -75,16 +75,15 @@ class StepCheck:
             VerifyError: the step does something else than the plan says.
         """
         stage, module = self._stage, self._module
-        versions = _versions(arguments)
+        versions, again = _versions(arguments), copies(arguments)
         with same_start(self._model):
             sent, losses = module.training_step(*arguments, labels=self._labels)
             sent = as_tuple(sent)
             gradients = self._gradients(sent, losses, arguments)
             buffers = self._buffers()
-        if stage.index and versions != _versions(arguments):
-            raise VerifyError("it writes into a tensor that it received")
+        if stage.index:
+            self._check_received(arguments, versions, again)
         versions = _versions(sent)
-        again = copies(arguments)
         with same_start(self._model), stops_open([module]), _stopped_values(module) as stopped:
             outputs = named_outputs(stage, as_tuple(module(*again)))
             values = dict(zip(stage.inputs, again, strict=True)) | outputs
@@ -129,6 +128,21 @@ class StepCheck:
         heads = {loss.name for loss in self._stage.losses if loss.kind == "local"}
         named = self._module.named_buffers()
         return [buffer.clone() for name, buffer in named if name.split(".")[0] not in heads]
+
+    def _check_received(
+        self, received: Sequence[Tensor], versions: list[int], before: Sequence[Tensor]
+    ) -> None:
+        """The sender's loss may still read it. A write through `.data` leaves the version."""
+        for name, value, version, copy in zip(
+            self._stage.inputs, received, versions, before, strict=True
+        ):
+            if value._version != version:
+                raise VerifyError("it writes into a tensor that it received")
+            if not torch.equal(value, copy):
+                raise VerifyError(
+                    f"it writes into the tensor {name!r} that it received, unseen by autograd "
+                    "(.data or numpy); let the model write into a clone"
+                )
 
     def _planned_losses(self, values: Values) -> dict[str, Tensor]:
         """The losses as the plan says, with the weights of the emitted stage's heads."""

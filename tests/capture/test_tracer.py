@@ -574,6 +574,41 @@ def test_a_module_that_chooses_between_what_it_is_given_stays_whole() -> None:
     same_result(model, [captured], torch.randn(3, 4))
 
 
+class DropsPath(nn.Module):
+    """Stochastic depth: in evaluation it does nothing at all."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (torch.rand(x.shape[0], 1) < 0.5)
+
+
+class Residual(nn.Module):
+    """A block that calls it twice, once inside of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.drop_path = DropsPath()
+        self.body = nn.Sequential(nn.Linear(4, 4), self.drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(torch.tanh(self.linear(x)))
+        return x + self.body(x)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "record"])
+@pytest.mark.parametrize("model", [Net(Residual()), Residual()], ids=["inside", "itself"])
+def test_of_a_block_only_what_does_nothing_in_evaluation_stays_whole(
+    model: nn.Module, frontend: str
+) -> None:
+    captured = capture(model, (floats(4),), frontend=frontend)
+    ((path, reason),) = captured.opaque
+    assert path.endswith("drop_path") and reason == "depends on self.training"
+    assert "body.0" in " ".join(map(str, targets(captured)))
+    same_result(model, [captured], torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("kind", [TrainingBranch, EvalBranch, TrainingWiring])
 def test_the_model_itself_must_not_branch_on_training(kind: type[Odd]) -> None:
     with pytest.raises(CaptureError, match=r"depends on self.training \(at .+\): move"):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from golden_models import LstmClassifier, NestedCnn, UNet
 from scpl_compile.capture import Capture, cut_candidates
+from scpl_compile.capture.outputs import keep_output
 from scpl_compile.cost import DEVICES, node_costs
 from scpl_compile.errors import MethodError, PartitionError
 from scpl_compile.ir import LocalLoss
@@ -129,6 +130,37 @@ def test_bytes_that_cross_are_those_of_tensors_and_inputs() -> None:
     assert candidate_nbytes(candidate, metas) == BATCH * 5 * 6 * 4 + BATCH * 5 * 8
 
 
+class DeadEnds(nn.Module):
+    """Layers whose results nothing needs: by name, each is left out of the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.dropped = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9))
+        self.second = nn.Linear(6, 6)
+        self.third = nn.Linear(6, 6)
+        self.router = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        self.dropped(y)
+        y = torch.relu(self.second(y))
+        y.add_(self.third(y * 2))
+        index = self.router(y).argmax(1)
+        return self.fc(y + index[:, None])
+
+
+def trainable(problem: PartitionProblem) -> set[str]:
+    return {name for name, trains in zip(problem.names, problem.trains, strict=True) if trains}
+
+
+def test_a_layer_that_no_gradient_of_the_output_reaches_makes_no_stage() -> None:
+    problem = problem_of(fine(DeadEnds(), "6"))
+    assert trainable(problem) == {"first", "second", "third", "fc"}
+    assert {"dropped_0", "dropped_1", "router"} < set(problem.names)
+
+
 # ---------------------------------------------------------------------- --split-at
 
 
@@ -186,3 +218,39 @@ def test_a_module_that_is_called_twice_ends_with_its_second_call() -> None:
 def test_an_unknown_module_is_named_with_the_known_ones(cnn: Capture) -> None:
     with pytest.raises(PartitionError, match=r"--split-at 'layer1' is no module.*stem"):
         split_nodes(cnn, ["stem", "layer1"])
+
+
+class Named(nn.Module):
+    """Modules of every kind that no cut can be named by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 12)
+        self.dropped = nn.Linear(6, 4)
+        self.uncalled = nn.Linear(6, 4)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        x = self.encoder(x)
+        return {"logits": self.fc(x), "dropped": self.dropped(x)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dropped", "is a module that the output does not depend on .* name another module, as "
+                    r"layers\.0, layers\.1, encoder, fc"),
+        ("uncalled", "is a module that the output does not depend on"),
+        ("layers", r"is a container that is not called itself; name the last of "
+                   r"layers\.0, layers\.1"),
+        ("encoder.linear1", r"lies in 'encoder', which is kept whole \(TransformerEncoderLayer is "
+                            r"of torch\.nn\)"),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_no_place_is_named_with_the_reason(name: str, message: str) -> None:
+    capture = keep_output(fine(Named(), "6"), ("logits",))
+    with pytest.raises(PartitionError, match=f"--split-at '{name}' {message}"):
+        split_nodes(capture, [name])

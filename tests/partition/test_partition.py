@@ -272,7 +272,7 @@ def test_a_pooling_layer_is_no_stage():
         partition(problem, 3)
     assert str(raised.value) == (
         "asked for 3 stages, but the model has only 1 place to cut (every stage needs a parameter "
-        "that trains); ask for --stages 2 or fewer"
+        "that trains and on which the output depends); ask for --stages 2 or fewer"
     )
     with pytest.raises(PartitionError, match="'avgpool' to 'avgpool' .* nothing to train"):
         split_at(problem, ["conv", "avgpool"])

@@ -145,6 +145,13 @@ def test_inputs_that_the_configuration_does_not_say_must_be_given():
         derive_inputs(model, source)
 
 
+def test_inputs_that_random_numbers_cannot_be_are_refused_with_a_remedy():
+    vision = {key: v for key, v in TINY.items() if key != "vocab_size"}
+    model, source = load_model("hf:siglip2", config={"vision_config": vision})
+    with pytest.raises(SourceError, match="hf:siglip2 takes patches and the .*wrap it in a call"):
+        derive_inputs(model, source)
+
+
 def test_inputs_may_be_given_by_name_and_outputs_are_found():
     model, source = load_model(
         "hf:bert", num_classes=3, config={**TINY, "output_hidden_states": True}
