@@ -90,13 +90,14 @@ def _family(builder: Callable[..., Any]) -> str:
 
 
 def torchvision_inputs(name: str, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
-    """The images that the published weights of model `name` take, or of config's image_size.
+    """The smallest images that published weights of model `name` take, or of config's image_size.
 
     Raises:
         SourceError: they are not images of one size (videos).
     """
-    transforms = _library(name).get_model_weights(name).DEFAULT.transforms
-    size = config.get("image_size", transforms.keywords["crop_size"])
+    weights = _library(name).get_model_weights(name)
+    sizes = [w.transforms.keywords["crop_size"] for w in weights]
+    size = config.get("image_size", min(sizes))
     if not isinstance(size, int):
         raise SourceError(
             f"the input of torchvision:{name} is not known from its name: give its shape with "

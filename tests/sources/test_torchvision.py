@@ -50,6 +50,7 @@ def test_auxiliary_classifiers_cannot_be_asked_for():
         ("squeezenet1_1", {}, 224),
         ("efficientnet_b1", {}, 240),
         ("vit_b_32", {"image_size": 64}, 64),
+        ("vit_h_14", {}, 224),  # its best weights take 518, and no model that is not built for them
     ],
 )
 def test_the_input_is_what_the_published_weights_take(name, config, side):
