@@ -116,8 +116,8 @@ def test_where_fx_fails_record_is_taken() -> None:
 
 
 def test_where_all_fail_the_last_failure_is_told() -> None:
-    with pytest.raises(TraceError, match=r"NoGradNet itself cannot be traced \(no_grad\)"):
-        cut(hard.as_root(hard.NoGrad))
+    with pytest.raises(TraceError, match=r"AutocastNet itself cannot be traced \(autocast\)"):
+        cut(hard.as_root(hard.Autocast))
     with pytest.raises(PartitionError, match="asked for 9 stages"):
         cut(hard.as_submodule(hard.Twice), num_stages=9)
 

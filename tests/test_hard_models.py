@@ -92,7 +92,7 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.NoGrad: ("no_grad", ""),
     hard.CustomFunction: ("custom autograd.Function", "custom autograd.Function"),
     hard.Checkpointed: ("checkpoint()", "checkpoint()"),
-    hard.FunctionalDropout: (TRAINING, TRAINING),
+    hard.FunctionalDropout: ("", ""),  # a constant that depends on the mode
     hard.TrainingBranch: (TRAINING, TRAINING),
     hard.TrainingOnly: (TRAINING, TRAINING),
     hard.LayerDrop: (RANDOM, RANDOM),
@@ -131,7 +131,6 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
 """Why the module that has the construct stays whole in fx and in record, "" where it is opened."""
 
 IN_ROOT: Mapping[type[hard.Part], tuple[str, str]] = {
-    hard.FunctionalDropout: ("", ""),  # a constant of the model's own that depends on the mode
     hard.CountsCalls: ("changes its attribute 'calls'", "writes 'calls' in place"),
     hard.MakesSure: ("control flow", ""),
     hard.Routing: ("", ""),  # where most of the model is inside, numbers from data are followed

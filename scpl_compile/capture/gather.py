@@ -42,7 +42,9 @@ def gather_shared(capture: Capture) -> None:
 
 
 def _moving(node: Node, first: Node, capture: Capture, written: set[str]) -> list[Node]:
-    """`node` and what it reads that comes after `first`, in order; empty if these cannot move."""
+    """`node` and what it reads that comes after `first`, in order; empty if these cannot move, or
+    nothing else lies between.
+    """
     place = {n: index for index, n in enumerate(capture.graph.nodes)}
     found: set[Node] = set()
     pending = [node]
@@ -55,4 +57,5 @@ def _moving(node: Node, first: Node, capture: Capture, written: set[str]) -> lis
             return []
         found.add(one)
         pending += one.all_input_nodes
-    return sorted(found, key=place.__getitem__)
+    between = [n for n in place if place[first] < place[n] < place[node] and n not in found]
+    return sorted(found, key=place.__getitem__) if any(n.op != "get_attr" for n in between) else []

@@ -2,9 +2,8 @@
 
 Functional code that reads `self.training` (F.dropout(training=self.training), `if self.training:`)
 would be frozen as it was while tracing. Where the two graphs differ, the innermost opened module
-whose own code made the difference is kept whole. One that holds other opened modules (an encoder
-with its layers) stays open if only constants differ, which become Switches; so it is with the
-model's own forward, where anything else that differs is refused.
+whose own code made the difference is kept whole. It stays open if only constants differ, which
+become Switches; so it is with the model's own forward, where anything else that differs is refused.
 """
 
 from collections import defaultdict
@@ -153,9 +152,8 @@ def _root_error(target: Any) -> TraceError:
 
 
 def _differs_in_constants(one: list[Any], other: list[Any]) -> bool:
-    """Whether a module that opens others makes the same nodes and calls in both modes."""
-    opens = any(entry[0] == "call" for entry in one)
-    return opens and [entry[:2] for entry in one] == [entry[:2] for entry in other]
+    """Whether a module makes the same nodes and calls in both modes."""
+    return [entry[:2] for entry in one] == [entry[:2] for entry in other]
 
 
 def _switch_constants(training: Graph, evaluation: Graph) -> set[Scope]:

@@ -64,7 +64,7 @@ def test_a_module_that_would_be_changed_stays_whole(kind: type[fx.Odd]) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [fx.FunctionalDropout, fx.TrainingBranch, fx.EvalBranch, fx.TrainingWiring, fx.EvalOnlyFails],
+    [fx.TrainingBranch, fx.EvalBranch, fx.TrainingWiring, fx.EvalOnlyFails],
 )
 def test_code_that_reads_training_stays_whole(kind: type[fx.Odd]) -> None:
     model = fx.Net(fx.Net(kind()))

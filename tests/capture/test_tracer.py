@@ -552,18 +552,21 @@ class EvalOnlyFails(Odd):
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        FunctionalDropout,
-        TrainingBranch,
-        EvalBranch,
-        TrainingWiring,
-        EvalOnlyFails,
-    ],
+    [TrainingBranch, EvalBranch, TrainingWiring, EvalOnlyFails],
 )
 def test_code_that_reads_training_stays_whole(kind: type[Odd]) -> None:
     model = Net(Net(kind()))
     captured = capture(model, (floats(4),))
     assert [path for path, _ in captured.opaque] == ["odd.odd"]
+    same_result(model, [captured], torch.randn(3, 4))
+
+
+def test_a_constant_that_depends_on_training_becomes_a_switch() -> None:
+    model = Net(FunctionalDropout())
+    captured = capture(model, (floats(4),))
+    assert captured.opaque == ()
+    switch = Switch(training=True, evaluation=False)
+    assert switch in node_of(captured, F.dropout).kwargs.values()
     same_result(model, [captured], torch.randn(3, 4))
 
 
