@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from scpl_compile import Program, compile_model
-from scpl_compile.errors import MethodError, PartitionError, ScplError
+from scpl_compile.errors import PartitionError, ScplError
 from scpl_compile.sources import example_inputs
 from test_mutations import text_of, verified
 
@@ -193,9 +193,10 @@ def test_a_random_network_trains_as_it_does(
 ) -> None:
     try:
         program = cut_at_random(recipe, frontend, num_stages, cut)
-    except (PartitionError, MethodError) as error:  # too few places to cut, a dead step
+    except PartitionError as error:  # too few places to cut, a dead step
         assert re.search(
-            "place.? to cut|is no module|belong in one stage|trains|nothing could train", str(error)
+            "place.? to cut|output does not depend|belong in one stage|trains|nothing to train",
+            str(error),
         )
         return
     assert program.plan.opaque == ()
@@ -289,7 +290,7 @@ def test_verify_finds_a_mutation_of_a_random_program(
 ) -> None:
     try:
         program = compiled(recipe, frontend, num_stages=2)
-    except (PartitionError, MethodError):
+    except PartitionError:
         return
     text = text_of(program)
     edits = list(MUTATIONS[what](text))
