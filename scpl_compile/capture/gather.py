@@ -23,39 +23,39 @@ _MAX_MOVED = 16
 def gather_shared(capture: Capture) -> None:
     """Move every node that can run right after the first one that uses the same parameter there.
 
-    Only nodes move that draw and write nothing and read nothing that is ever written; each gets
-    meta "moved". The graph of `capture` is changed.
+    Only nodes move that draw and write nothing, and read nothing that is written on the way; each
+    gets meta "moved". The graph of `capture` is changed.
     """
     users: dict[str, list[Node]] = defaultdict(list)
     nodes = {node.name: node for node in capture.graph.nodes}
     for name, parameters in node_parameters(capture).items():
         for parameter in parameters:
             users[parameter].append(nodes[name])
-    bases = {name: node.meta.get("base", "") for name, node in nodes.items()}
-    written = {bases[name] for n in nodes.values() for name in n.meta.get("mutates", ())}
     for first, *others in users.values():
         for other in others:
-            moving = _moving(other, first, capture, written)
-            for node in reversed(moving):
+            for node in reversed(_moving(other, first, list(capture.graph.nodes))):
                 first.append(node)
                 node.meta["moved"] = True
 
 
-def _moving(node: Node, first: Node, capture: Capture, written: set[str]) -> list[Node]:
+def _moving(node: Node, first: Node, nodes: list[Node]) -> list[Node]:
     """`node` and what it reads that comes after `first`, in order; empty if these cannot move, or
     nothing else lies between.
     """
-    place = {n: index for index, n in enumerate(capture.graph.nodes)}
+    between = nodes[nodes.index(first) + 1 : nodes.index(node)]
+    bases = {n.name: n.meta["base"] for n in nodes if n.op != "output"}
+    written = {bases[name] for n in between for name in n.meta["mutates"]}
     found: set[Node] = set()
     pending = [node]
     while pending:
         one = pending.pop()
-        if place[one] <= place[first] or one in found:
+        if one in found or (one is not node and one not in between):
             continue
-        is_fixed = one.meta.get("random") or one.meta.get("mutates") or one.meta["base"] in written
+        touched = {bases[n.name] for n in (one, *one.all_input_nodes)}
+        is_fixed = one.meta["random"] or one.meta["mutates"] or not written.isdisjoint(touched)
         if is_fixed or (one.op == "call_module" and one is not node) or len(found) == _MAX_MOVED:
             return []
         found.add(one)
         pending += one.all_input_nodes
-    between = [n for n in place if place[first] < place[n] < place[node] and n not in found]
-    return sorted(found, key=place.__getitem__) if any(n.op != "get_attr" for n in between) else []
+    is_apart = any(n.op != "get_attr" and n not in found for n in between)
+    return [n for n in (*between, node) if n in found] if is_apart else []

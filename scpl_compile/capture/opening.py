@@ -67,17 +67,23 @@ class Untraceable(Exception):
 
 @dataclass(slots=True)
 class Frame:
-    """One opened module call: its scope key, and why it must be closed again ("" so far)."""
+    """One opened module call: its scope key, why it must be closed again ("" so far), and whether
+    modules were opened in it.
+
+    A log record closes only a module that opens no other: an encoder whose layers cannot be parted
+    is too much for a message.
+    """
 
     key: str
     reason: str = ""
+    opens: bool = False
+    logs: bool = False
 
     def close(self, reason: str) -> None:
-        """Close it because of `reason`; the first one counts.
-
-        A log record closes no model's own forward, which could only be refused.
-        """
-        if reason != "logs" or self.key:
+        """Close it because of `reason`; the first one counts."""
+        if reason == "logs":
+            self.logs = True
+        else:
             self.reason = self.reason or reason
 
 
@@ -157,6 +163,8 @@ def why_closed(frame: Frame, state: ModelState, randomness: RandomState) -> str:
     """Why what was recorded of a module cannot stand for it, "" if it can."""
     if frame.reason:
         return frame.reason
+    if frame.logs and frame.key and not frame.opens:
+        return "logs"
     if RandomState.now() != randomness:
         return _RANDOM
     changed = state.changed()

@@ -231,6 +231,7 @@ class _Recorder(TorchFunctionMode):
             self._roll_back(mark)
             self._opaque[path] = reason
             return self._call_whole(m, path, forward, args, kwargs)
+        self._frames[-1].opens = True
         self._calls[key] = ModuleCall(
             path=path, args=given[0], kwargs=given[1], result=self._values.nodes(result)
         )

@@ -165,6 +165,7 @@ class _AutoLeafTracer(Tracer):
             self._roll_back(mark)
             self._opaque[path] = reason
             return self.create_proxy("call_module", path, args, kwargs)
+        self._frames[-1].opens = True
         self._calls[key] = ModuleCall(
             path=path, args=given[0], kwargs=given[1], result=_nodes(result)
         )
