@@ -116,9 +116,20 @@ FLOAT_SPECS = st.builds(InputSpec, name=NAMES, dtype=FLOATS, shape=SIZES)
 INTEGER_SPECS = st.builds(
     InputSpec, name=NAMES, dtype=INTEGERS, shape=SIZES, high=st.integers(1, 200)
 )
+ENDED_SPECS = st.integers(2, 200).flatmap(
+    lambda high: st.builds(
+        InputSpec,
+        name=NAMES,
+        dtype=INTEGERS,
+        shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+        high=st.just(high),
+        last=st.integers(0, high - 1),
+    )
+)
+SPECS = st.one_of(FLOAT_SPECS, INTEGER_SPECS, ENDED_SPECS)
 
 
-@given(st.lists(st.one_of(FLOAT_SPECS, INTEGER_SPECS), min_size=1, unique_by=lambda s: s.name))
+@given(st.lists(SPECS, min_size=1, unique_by=lambda spec: spec.name))
 def test_inputs_read_back_what_their_text_says(specs):
     assert parse_inputs(",".join(map(str, specs)), ["ids", "mask", "x"]) == tuple(specs)
 
@@ -137,6 +148,11 @@ def test_inputs_read_back_what_their_text_says(specs):
         ("x:int64:8<0", "a size or a bound is 0"),
         ("x:int64:8", "int64 needs its bound <high, as in"),
         ("x:3<9", "float32 takes no bound <9"),
+        ("x:3<9..2", "float32 takes no bound <9"),
+        ("x:int64:3<9..9", "rows of numbers below 9 cannot end in 9"),
+        ("x:int64:3<1..0", "rows of numbers below 1 cannot end in 0"),
+        ("x:int64:<9..2", "rows of numbers below 9 cannot end in 2"),
+        ("x:int64:3..2", "is not .*SHAPE"),
     ],
 )
 def test_a_wrong_input_is_named(text, message):
@@ -145,6 +161,14 @@ def test_a_wrong_input_is_named(text, message):
 
 
 # ---------------------------------------------------------------------- examples
+
+
+@given(ENDED_SPECS.filter(lambda spec: spec.dtype == "int64"), st.integers(0, 9))
+def test_a_row_ends_in_its_last_number_and_has_it_nowhere_else(spec, seed):
+    (values,) = example_inputs((spec,), 3, seed)
+    assert (values[..., -1] == spec.last).all()
+    assert not (values[..., :-1] == spec.last).any()
+    assert 0 <= values.min() and values.max() < spec.high
 
 
 def test_example_inputs_have_their_shapes_dtypes_and_bounds():

@@ -96,6 +96,19 @@ def test_a_head_that_reads_the_last_token_gets_a_padding_token(config, pad):
         assert model(**inputs).logits.shape == (2, 4)
 
 
+def test_the_rows_of_an_encoder_decoder_end_in_its_token():
+    """Its head looks for that, and fails where rows have it differently often."""
+    tiny = {"d_model": 16, "vocab_size": 50, "max_position_embeddings": 12}
+    sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder")
+             for key in ("layers", "ffn_dim", "attention_heads")}  # fmt: skip
+    model, source = load_model("hf:bart", config={**tiny, **sides, "eos_token_id": 3})
+    specs = derive_inputs(model, source)
+    assert str(specs[0]) == "input_ids:int64:12<50..3"
+    inputs = dict(zip(("input_ids", "attention_mask"), example_inputs(specs, 4), strict=True))
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (4, 3)
+
+
 def test_an_image_model_takes_its_own_size():
     config = {**VISION, "num_channels": 1}
     model, source = load_model("hf:vit", num_classes=5, config=config)
