@@ -3,9 +3,11 @@
 import json
 from dataclasses import asdict
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import timm
+import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,8 @@ from benchmarks.coverage.leaves import best_max_us, item_costs, opaque_share, pi
 from benchmarks.coverage.one import run_one, without_paths
 from benchmarks.coverage.results import COLUMNS, as_row
 from benchmarks.coverage.zoo import ABSENT, TIMM_MODULES, ZOO, Entry
+from scpl_compile.capture import capture
+from scpl_compile.cost import DEVICES, node_costs
 from scpl_compile.inputs import parse_inputs
 
 HEADS = ("SEQUENCE", "IMAGE", "AUDIO")
@@ -91,6 +95,30 @@ def test_a_module_that_is_kept_whole_still_counts_as_its_leaves() -> None:
     assert opaque_share(pieces, ["0", "1"]) == pytest.approx(1.0)
     assert opaque_share(pieces, []) == 0.0
     assert best_max_us(item_costs(pieces), 4) < 0.4 * sum(item_costs(pieces))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_custom_backward_counts_as_the_cost_model_counts_it() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Doubles(), nn.Linear(16, 16))
+    inputs = parse_inputs("16", ["input"])
+    captured = capture(model, inputs, 8)
+    costs = node_costs(captured, DEVICES["cpu"])
+    expected = [costs[node.name].total_us for node in captured.compute_nodes]
+    assert item_costs(pieces_of(model, inputs, 8)) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------- one model

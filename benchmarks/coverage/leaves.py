@@ -91,14 +91,16 @@ class _Run:
         self._stack.append((self._paths.get(id(module), self._stack[-1][0]), is_leaf))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._flush()
+        self._flush(isinstance(output, torch.Tensor) and output.requires_grad)
         self._stack.pop()
 
-    def _flush(self) -> None:
+    def _flush(self, has_gradient: bool = False) -> None:
         path, is_leaf = self._stack[-1]
         ops, self._recorder.ops = self._recorder.ops, []
         if ops:
             cost_us = sum(map(_op_us, ops))
+            if is_leaf and has_gradient and not any(op.has_backward for op in ops):
+                cost_us *= 3  # a custom autograd.Function, for which the cost model does the same
             piece = Piece(path=path, is_leaf=is_leaf, call=self._calls, cost_us=cost_us)
             self._pieces.append(piece)
 
