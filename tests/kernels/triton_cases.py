@@ -1,0 +1,298 @@
+"""The Triton kernels against the float64 reference, in the process that test_supcon_triton starts:
+in Triton's interpreter, which needs no GPU, or on a GPU.
+
+The interpreter's bfloat16 dot is wrong and its bfloat16 store rounds towards zero: the kernels
+compute products in float32 there (UPCAST), and the tolerance has two roundings more. It runs one
+program after another, so it cannot show a race.
+"""
+
+import pytest
+import torch
+from supcon_peers import CHOICES, OPTIONS, assert_triangle, loss_and_gradient, random_batch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scpl_compile.kernels import supcon_loss, supcon_triton, triton_kernels
+from scpl_compile.kernels.reference import supcon_reference
+from scpl_compile.kernels.routes import route
+
+# numpy interprets, and warns of infinities; rows of the padding have some, and none reads them
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def supcon(features: Tensor, labels: Tensor, **options: object) -> Tensor:
+    """`supcon_loss` by Triton, on the GPU where there is one."""
+    loss = supcon_loss(features.to(DEVICE), labels.to(DEVICE), impl="triton", **options)
+    return loss.to(features.device)
+
+
+def path(batch: int, dim: int) -> str:
+    way = route(batch, dim, torch.float32, "interpreter", 0.1, True)
+    return "stored" if way.stored else "chunks" if not way.resident else "rows"
+
+
+SHAPES = [(1, 1), (2, 3), (33, 5), (70, 16), (97, 20), (40, 130), (130, 65), (161, 48), (300, 144)]
+"""(B, D): ragged in both, one block and several, every path."""
+
+
+def test_the_shapes_take_every_path() -> None:
+    assert {path(*shape) for shape in SHAPES} == {"stored", "chunks", "rows"}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.005])
+@pytest.mark.parametrize(("divisor", "reduction"), [("scpl", "mean"), ("khosla", "none")])
+def test_it_is_as_close_to_the_truth_as_torch(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    temperature: float,
+    divisor: str,
+    reduction: str,
+) -> None:
+    features, labels = random_batch(*shape, max(2, shape[0] // 6), dtype)
+    options = {"temperature": temperature, "divisor": divisor, "reduction": reduction}
+    assert_triangle(supcon, features, labels, normalize=True, roundings=3, **options)
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140)], ids=str)
+@pytest.mark.parametrize("classes", ["one", "distinct", "negative"])
+def test_any_labels(
+    options: dict[str, object],
+    shape: tuple[int, int],
+    classes: str,
+) -> None:
+    features, labels = random_batch(*shape, 9, torch.float32)
+    features /= 4
+    labels = {
+        "one": torch.full_like(labels, -7),
+        "distinct": torch.randperm(len(labels)),
+        "negative": labels * 2**59 - 2**62,
+    }[classes]
+    assert_triangle(supcon, features, labels, **options)
+    if classes == "distinct":
+        loss, grad = loss_and_gradient(supcon, features, labels, **options)
+        assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140)], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_duplicated_and_zero_rows(
+    shape: tuple[int, int], temperature: float, reduction: str
+) -> None:
+    features, labels = random_batch(*shape, 9, torch.float32)
+    features[40:50] = features[:10]
+    features[50], features[51], features[52] = 0, -features[53], 1e-13
+    options = {**OPTIONS, "temperature": temperature, "reduction": reduction}
+    truth = loss_and_gradient(supcon_reference, features, labels, **options)
+    ours = loss_and_gradient(supcon, features, labels, **options)
+    torch.testing.assert_close(ours[0], truth[0].float(), rtol=1e-5, atol=1e-6)
+    lengths = features.norm(dim=1, keepdim=True).clamp_min(1e-12)  # gradients of unit features
+    grad, true_grad = ours[1] * lengths, truth[1] * lengths
+    atol = 2e-5 * true_grad.abs().max().item()
+    torch.testing.assert_close(grad, true_grad, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_sums_serve_large_batches(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+    """Labels are not compared in tiles then; here the limit is lowered."""
+    monkeypatch.setattr("scpl_compile.kernels.routes.MAX_LABELS_BATCH", 16)
+    assert not route(75, 6, torch.float32, "interpreter", 0.1, True).labels
+    for options in (o for o in CHOICES if o["reduction"] == reduction):
+        features, labels = random_batch(75, 6, 9, torch.float32)
+        assert_triangle(supcon, features, labels, **options)
+
+
+@pytest.mark.parametrize("shape", [(300, 8), (300, 140)], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_groups_of_columns_and_chunks_of_rows_move_last_bits_only(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    temperature: float,
+) -> None:
+    features, labels = random_batch(*shape, 9, torch.float32)
+    options = {**OPTIONS, "temperature": temperature}
+    several = loss_and_gradient(supcon, features, labels, **options)
+    assert route(*shape, torch.float32, "interpreter", temperature, True).groups == 3
+    monkeypatch.setattr("scpl_compile.kernels.routes.PROGRAMS", 1)
+    monkeypatch.setattr("scpl_compile.kernels.routes.CHUNK_BYTES", 0)
+    way = route(*shape, torch.float32, "interpreter", temperature, True)
+    assert way.groups == 1 and way.chunk_rows == 128
+    one = loss_and_gradient(supcon, features, labels, **options)
+    for first, second in zip(several, one, strict=True):
+        atol = 1e-5 * first.abs().max().item()
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (300, 144)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_runs_give_the_same_bits(shape: tuple[int, int], reduction: str) -> None:
+    features, labels = random_batch(*shape, 9, torch.float16)
+    options = {**OPTIONS, "reduction": reduction}
+    first, second = (loss_and_gradient(supcon, features, labels, **options) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [2.0**-26, 2.0**26])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_is_linear_in_what_arrives(
+    dtype: torch.dtype, scale: float, reduction: str
+) -> None:
+    """Loss scaling cannot push the weights out of float16."""
+    features, labels = random_batch(90, 8, 9, dtype)
+    leaf = features.requires_grad_()
+    loss = supcon(leaf, labels, **{**OPTIONS, "reduction": reduction})
+    weight = torch.randn_like(loss)
+    (grad,) = torch.autograd.grad(loss, leaf, weight, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, leaf, weight * scale)
+    if dtype == torch.float32:
+        torch.testing.assert_close(scaled / scale, grad, rtol=1e-5, atol=1e-8)
+    else:  # the gradient itself is float16: it may overflow or vanish, but is never NaN
+        assert not scaled.isnan().any()
+
+
+def test_strides_and_no_gradient() -> None:
+    features, labels = random_batch(50, 12, 9, torch.float32)
+    loss, grad = loss_and_gradient(supcon, features, labels, **OPTIONS)
+    turned = features.t().contiguous().t()
+    repeated = labels.int().repeat_interleave(2)[::2]
+    assert not turned.is_contiguous() and not repeated.is_contiguous()
+    again, turned_grad = loss_and_gradient(supcon, turned, repeated, **OPTIONS)
+    assert torch.equal(again, loss) and torch.equal(turned_grad, grad)
+    assert torch.equal(supcon(features, labels, **OPTIONS), loss)
+
+
+def test_a_stored_batch_takes_five_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward together, and no kernel of torch's: what it calls makes no data."""
+    features, labels = (t.to(DEVICE) for t in random_batch(60, 140, 5, torch.float32))
+    launched, called = [], set()
+    function = type(triton_kernels.forward_kernel)
+    run = function.run
+
+    def count(self: object, *args: object, **kwargs: object) -> object:
+        launched.append(self)
+        return run(self, *args, **kwargs)
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    arguments = (0.1, "scpl", True, "mean", True)
+    grad_loss = torch.ones((), device=DEVICE)
+    monkeypatch.setattr(function, "run", count)
+    with Called():
+        _, *saved = supcon_triton.forward(features, labels, *arguments)
+        supcon_triton.backward(grad_loss, features, labels, *saved, *arguments)
+    assert len(launched) == 5
+    if DEVICE == "cuda":  # the interpreter itself copies what it is given
+        assert called <= {"empty", "new_empty", "empty_like", "select", "view", "detach"}
+
+
+def test_it_trains_as_the_chunked_loss_does() -> None:
+    """Twenty steps of a local loss: the same curve within float32 rounding."""
+    features, labels = (t.to(DEVICE) for t in random_batch(40, 12, 4, torch.float32))
+    curves = []
+    for impl in ("triton", "chunked"):
+        torch.manual_seed(0)
+        layers = (torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+        net = torch.nn.Sequential(*layers).to(DEVICE)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        curve = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = supcon_loss(net(features), labels, impl=impl)
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    assert curves[0][-1] < 0.8 * curves[0][0]
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-5, atol=1e-5)
+
+
+class Guarded(TorchDispatchMode):
+    """Every new tensor is NaN and lies in the middle of a larger one that is NaN."""
+
+    ZONE = 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zones: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        made = func.overloadpacket in (aten.empty, aten.new_empty, aten.empty_like)
+        if not made or not result.is_floating_point():
+            return result
+        assert result.is_contiguous()
+        sizes = [self.ZONE, result.numel(), self.ZONE]
+        around = torch.full((sum(sizes),), torch.nan, dtype=result.dtype, device=result.device)
+        before, inside, after = around.split(sizes)
+        self.zones += [before, after]
+        return inside.view(result.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", CHOICES[:2] + CHOICES[-2:])
+def test_nothing_is_written_or_read_outside(
+    shape: tuple[int, int], options: dict[str, object]
+) -> None:
+    features, labels = (t.to(DEVICE) for t in random_batch(*shape, 4, torch.float32))
+    arguments = (options["temperature"], options["divisor"], options["normalize"])
+    arguments += (options["reduction"], True)
+    with Guarded() as guarded:
+        inside = torch.empty(shape, device=DEVICE).copy_(features)
+        loss, *saved = supcon_triton.forward(inside, labels, *arguments)
+        grad = supcon_triton.backward(
+            torch.ones_like(loss), inside, labels, *saved, *arguments
+        )  # fmt: skip
+    assert len(guarded.zones) > 10
+    assert all(zone.isnan().all() for zone in guarded.zones)
+    leaf = features.clone().requires_grad_()
+    truth = supcon_reference(leaf, labels, **options)
+    torch.testing.assert_close(loss, truth.float(), rtol=1e-4, atol=1e-5)
+    (true_grad,) = torch.autograd.grad(truth.sum(), leaf)
+    atol = 1e-3 * true_grad.abs().max().item()
+    torch.testing.assert_close(grad, true_grad, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_it_is_the_default_on_a_gpu() -> None:
+    features, labels = (t.to(DEVICE) for t in random_batch(40, 6, 5, torch.float32))
+    assert torch.equal(supcon_loss(features, labels), supcon_loss(features, labels, impl="triton"))
+
+
+@pytest.mark.parametrize("options", [CHOICES[0], CHOICES[-1]])
+def test_compile_has_no_graph_break(options: dict[str, object]) -> None:
+    def step(features: Tensor, labels: Tensor, **_: object) -> Tensor:
+        return supcon_loss(features.to(DEVICE) * 2, labels.to(DEVICE), impl="triton", **options) * 3
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (24, 30):
+        features, labels = random_batch(batch, 6, 5, torch.float32)
+        expected = loss_and_gradient(step, features, labels)
+        found = loss_and_gradient(compiled, features, labels)
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_would_be_wrong_in_silence_is_refused() -> None:
+    features, labels = torch.randn(3, 8, 4, device=DEVICE), torch.zeros(3, 8, device=DEVICE).long()
+    with pytest.raises(RuntimeError, match="cannot be mapped by vmap.*reference"):
+        torch.vmap(lambda f, y: supcon_loss(f, y, impl="triton"))(features, labels)
+    leaf = features[0].requires_grad_()
+    loss = supcon_loss(leaf, labels[0], impl="triton")
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph.*reference"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (70, 6), (300, 140)], ids=str)
+def test_the_operator_is_what_torch_asks_of_one(shape: tuple[int, int]) -> None:
+    features, labels = (t.to(DEVICE) for t in random_batch(*shape, 3, torch.float32))
+    arguments = (features.requires_grad_(), labels, 0.1, "scpl", True, "mean", True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(supcon_triton.supcon_triton, arguments, test_utils=tests)
