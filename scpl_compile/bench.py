@@ -180,10 +180,9 @@ def _with(row: Row, **changes: object) -> Row:
 def _inputs(batch: int, dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, dim, generator=generator).to(device, dtype)
-    labels = torch.randint(0, max(2, min(100, batch // 8)), (batch,), generator=generator).to(
-        device
-    )
-    return features.requires_grad_(), labels
+    num_classes = max(2, min(100, batch // 8))
+    labels = torch.randint(0, num_classes, (batch,), generator=generator)
+    return features.requires_grad_(), labels.to(device)
 
 
 def _too_large(name: str, batch: int, dim: int, device: str, rate: float) -> str:

@@ -90,9 +90,11 @@ def test_the_chunk_moves_last_bits_only(options: dict[str, object], temperature:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 319, 320, 321, 512, 1000, 4096, 65537])
-@pytest.mark.parametrize(("device_type", "largest"), [("cpu", 320), ("cuda", 4096)])
-def test_chunks_are_few_and_equal(batch: int, device_type: str, largest: int) -> None:
-    chunk = chunk_size(batch, device_type)
+@pytest.mark.parametrize(
+    ("device_type", "threads", "largest"), [("cpu", 1, 320), ("cpu", 2, 512), ("cuda", 2, 4096)]
+)
+def test_chunks_are_few_and_equal(batch: int, device_type: str, threads: int, largest: int) -> None:
+    chunk = chunk_size(batch, device_type, threads)
     num_chunks = -(-batch // chunk)
     assert 1 <= chunk <= largest
     assert num_chunks == -(-batch // largest)
@@ -199,7 +201,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """What `forward` returns, and after it the gradient: the operator's inside."""
     arguments = [options[name] for name in ("temperature", "divisor", "normalize", "reduction")]
-    arguments += [chunk or chunk_size(len(features), "cpu"), True]
+    arguments += [chunk or chunk_size(len(features), "cpu", 1), True]
     result = supcon_chunked_module.forward(features, labels, *arguments)
     fake = supcon_chunked_module.forward_fake(features, labels, *arguments)
     assert [(t.shape, t.dtype) for t in result] == [(t.shape, t.dtype) for t in fake]
@@ -215,7 +217,7 @@ def test_memory_grows_with_the_batch_not_with_its_square(temperature: float) -> 
     features, labels = random_batch(batch, dim, 50, torch.float32)
     with LargestTensor() as largest:
         _, *saved, grad = run(features, labels, **{**OPTIONS, "temperature": temperature})
-    assert largest.numel == max(batch * dim, chunk_size(batch, "cpu") ** 2)
+    assert largest.numel == max(batch * dim, chunk_size(batch, "cpu", 1) ** 2)
     assert batch * dim < sum(t.numel() for t in saved) < 3 * batch * dim
     assert grad.isfinite().all()
 
