@@ -1,9 +1,12 @@
-"""How an implementation becomes a custom operator: opaque to torch.compile, differentiable once.
+"""How an implementation becomes a loss: opaque to torch.compile, differentiable once.
 
 Two pure functions become two operators::
 
     forward(features, labels, *options)                      -> (loss, *saved)
     backward(grad_loss, features, labels, *saved, *options)  -> gradient of the features
+
+A compiler, a transform or a mode sees the operators. Plain eager calls go round them: their
+dispatch would cost a small batch a fifth of its time.
 
 A second derivative and vmap raise: torch would else go on and give wrong numbers or no gradient.
 """
@@ -25,15 +28,16 @@ def differentiable(
     forward: Callable[..., tuple[Tensor, ...]],
     forward_fake: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Tensor],
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator scpl_compile::NAME. The schemas come from the annotations of the functions.
+) -> Callable[..., Tensor]:
+    """(features, labels, *options) -> loss; and the operator scpl_compile::NAME, which gives all.
 
-    forward_fake: shapes and dtypes of what `forward` returns, without data.
+    The schemas come from the annotations of the functions. forward_fake: shapes and dtypes of what
+    `forward` returns, without data.
     """
     forward_op = _define(name, forward, forward_fake)
     backward_op = _define(f"{name}_backward", backward, _like_features)
 
-    class Once(torch.autograd.Function):
+    class Traced(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any, features: Tensor, labels: Tensor, *options: object
@@ -48,25 +52,58 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                _refuse_derivative()
             if grad_loss is None:
                 return (None,) * (2 + len(ctx.options))
-            # A compiler traces the operator; else its dispatch would cost a small batch 10 %.
-            run = backward if type(grad_loss) is Tensor else backward_op
-            with torch._C._AutoDispatchBelowAutograd():
-                grad = run(grad_loss, *ctx.saved_tensors, *ctx.options)
-            return grad, *(None for _ in range(1 + len(ctx.options)))
+            return _gradients(ctx, grad_loss, backward, backward_op)
 
-    LIBRARY.impl(name, Once.apply, "Autograd")
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, features: Tensor, labels: Tensor, *options: object) -> Tensor:
+            loss, *saved = forward(features, labels, *options)
+            ctx.save_for_backward(features, labels, *saved)
+            ctx.options = options
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+            return _gradients(ctx, grad_loss, backward, backward_op)
+
+    def loss(features: Tensor, labels: Tensor, *options: object) -> Tensor:
+        if torch.compiler.is_compiling() or _is_watched(features):
+            first: Tensor = forward_op(features, labels, *options)[0]
+            return first
+        value: Tensor = Eager.apply(features, labels, *options)
+        return value
+
+    LIBRARY.impl(name, Traced.apply, "Autograd")
     # Its context is set up only where a gradient of the gradient could be asked for.
     library.register_autograd(
         backward_op, _refuse_derivative, setup_context=_refuse_derivative, lib=LIBRARY
     )  # fmt: skip
     library.register_vmap(forward_op, _refuse_vmap, lib=LIBRARY)
     library.register_vmap(backward_op, _refuse_vmap, lib=LIBRARY)
-    operator: Callable[..., tuple[Tensor, ...]] = forward_op
-    return operator
+    return loss
+
+
+def _is_watched(features: Tensor) -> bool:
+    """Whether a transform (vmap, grad), a mode or a tensor of another type wants the operator."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(features) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _gradients(
+    ctx: Any, grad_loss: Tensor, backward: Callable[..., Tensor], backward_op: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What the backward of both functions returns."""
+    if torch.is_grad_enabled():
+        _refuse_derivative()
+    run = backward_op if _is_watched(grad_loss) else backward
+    with torch._C._AutoDispatchBelowAutograd():
+        grad = run(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad, *(None for _ in range(1 + len(ctx.options)))
 
 
 def _refuse_derivative(*_: object, **__: object) -> None:

@@ -19,7 +19,7 @@ BLOCK = 1024  # rows of the mask of overlaps at a time
 class Classes(NamedTuple):
     """Anchors by label. Class k's members lie at order[offsets[k] : offsets[k + 1]].
 
-    A class is numbered by the place of its first member in `order`, and the other places are empty
+    A class is numbered by the place of its last member in `order`, and the other places are empty
     classes: B classes whatever the labels, so no shape depends on data.
     """
 
@@ -78,8 +78,6 @@ def positives_of(labels: Tensor) -> Classes | Overlaps:
     ordered, order = labels.long().sort(stable=True)
     first = torch.searchsorted(ordered, ordered)
     end = torch.searchsorted(ordered, ordered, right=True)
-    place = torch.arange(len(labels), device=labels.device)
-    offsets = torch.where(first == place, place, end)
-    class_of = torch.empty_like(order).scatter_(0, order, first)
+    class_of = torch.empty_like(order).scatter_(0, order, end - 1)
     size = torch.empty_like(order).scatter_(0, order, end - first)
-    return Classes(order, offsets, class_of, size)
+    return Classes(order, first, class_of, size)

@@ -64,11 +64,7 @@ def supcon_chunked(
     if chunk is None:
         chunk = chunk_size(len(features), features.device.type, _threads())
     keep = features.requires_grad and torch.is_grad_enabled()
-    loss: Tensor
-    loss, *_ = _operator(
-        features, labels, temperature, divisor, normalize, reduction, chunk, keep
-    )  # fmt: skip
-    return loss
+    return _loss(features, labels, temperature, divisor, normalize, reduction, chunk, keep)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -273,6 +269,6 @@ def _accumulate(rows: Tensor, block: Tensor, dim: int, bounded: bool) -> None:
         torch.logaddexp(rows, block.logsumexp(dim), out=rows)
 
 
-_operator = differentiable(
+_loss = differentiable(
     "supcon_chunked", forward=forward, forward_fake=forward_fake, backward=backward
 )

@@ -34,7 +34,7 @@ def test_the_operator_is_what_torch_asks_of_one(options: dict[str, object]) -> N
     features, labels = random_batch(9, 4, 3, torch.float32)
     arguments = (*(options[k] for k in ("temperature", "divisor", "normalize", "reduction")), 4)
     torch.library.opcheck(
-        supcon_chunked._operator, (features.requires_grad_(), labels, *arguments, True)
+        torch.ops.scpl_compile.supcon_chunked, (features.requires_grad_(), labels, *arguments, True)
     )
 
 
