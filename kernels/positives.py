@@ -26,11 +26,11 @@ class Classes(NamedTuple):
     order: Tensor  # (B,) anchors sorted by label
     offsets: Tensor  # (B,)
     class_of: Tensor  # (B,) class of each anchor
-    size: Tensor  # (B,) anchors in the class of each anchor
+    others: Tensor  # (B,) anchors in the class of each anchor, less itself
 
     def counts(self, dtype: torch.dtype) -> Tensor:
         """(B,): positives of each anchor."""
-        return (self.size - 1).to(dtype)
+        return self.others.to(dtype)
 
     def sums(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """(B, D): for each anchor, the (weighted) sum of x over its positives, in a fixed order."""
@@ -77,7 +77,7 @@ def positives_of(labels: Tensor) -> Classes | Overlaps:
         return Overlaps(labels.float())
     ordered, order = labels.long().sort(stable=True)
     first = torch.searchsorted(ordered, ordered)
-    end = torch.searchsorted(ordered, ordered, right=True)
-    class_of = torch.empty_like(order).scatter_(0, order, end - 1)
-    size = torch.empty_like(order).scatter_(0, order, end - first)
-    return Classes(order, first, class_of, size)
+    last = torch.searchsorted(ordered, ordered, right=True).sub_(1)
+    class_of = torch.empty_like(order).scatter_(0, order, last)
+    others = torch.empty_like(order).scatter_(0, order, last - first)
+    return Classes(order, first, class_of, others)

@@ -204,7 +204,7 @@ def _anchor_weights(positives: Tensor, divisor: str, reduction: str) -> Tensor:
 def _row_sums(x: Tensor, chunk: int, bounded: bool, kept: Tensor) -> Tensor:
     """R when bounded, else ln R; kept, unless it is empty, receives the blocks."""
     rows = x.new_full((len(x),), 0.0 if bounded else -math.inf)
-    x_parts, row_parts = x.split(chunk), rows.split(chunk)
+    x_parts, row_parts = _parts(x, chunk), _parts(rows, chunk)
     for i, j, block in _blocks(x_parts, kept):
         _fill(block, x_parts[i], x_parts[j], i == j, bounded)
         _accumulate(row_parts[i], block, 1, bounded)
@@ -225,8 +225,8 @@ def _add_products(
     kept: Tensor,
 ) -> None:
     """grad += W x in place, for v = c P; kept is what `_row_sums` kept."""
-    x_parts, grad_parts, row_parts = x.split(chunk), grad.split(chunk), rows.split(chunk)
-    v_parts = (v / rows if bounded else v).split(chunk)
+    x_parts, grad_parts, row_parts = (_parts(part, chunk) for part in (x, grad, rows))
+    v_parts = _parts(v / rows if bounded else v, chunk)
     for i, j, block in _blocks(x_parts, kept):
         if not len(kept):
             _fill(block, x_parts[i], x_parts[j], i == j, bounded)
@@ -240,6 +240,10 @@ def _add_products(
             grad_parts[j].addmm_(weights.t(), x_parts[i])
 
 
+def _parts(whole: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    return whole.split(chunk) if len(whole) > chunk else (whole,)
+
+
 def _blocks(parts: tuple[Tensor, ...], kept: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """I, J and the place for block IJ, of the upper triangle row by row: in kept, or new."""
     at = 0
@@ -247,7 +251,7 @@ def _blocks(parts: tuple[Tensor, ...], kept: Tensor) -> Iterator[tuple[int, int,
         for j, right in enumerate(parts[i:], i):
             shape = len(left), len(right)
             if len(kept):
-                yield i, j, kept[at : at + math.prod(shape)].view(shape)
+                yield i, j, kept.as_strided(shape, (shape[1], 1), at)
                 at += math.prod(shape)
             else:
                 yield i, j, left.new_empty(shape)
