@@ -6,12 +6,15 @@ compute products in float32 there (UPCAST), and the tolerance has two roundings 
 program after another, so it cannot show a race.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from supcon_peers import CHOICES, OPTIONS, assert_triangle, loss_and_gradient, random_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scpl_compile import compile_model
 from scpl_compile.kernels import supcon_loss, supcon_triton, triton_kernels
 from scpl_compile.kernels.reference import supcon_reference
 from scpl_compile.kernels.routes import route
@@ -193,25 +196,64 @@ def test_a_stored_batch_takes_five_launches(monkeypatch: pytest.MonkeyPatch) -> 
         assert called <= {"empty", "new_empty", "empty_like", "select", "view", "detach"}
 
 
-def test_it_trains_as_the_chunked_loss_does() -> None:
-    """Twenty steps of a local loss: the same curve within float32 rounding."""
-    features, labels = (t.to(DEVICE) for t in random_batch(40, 12, 4, torch.float32))
-    curves = []
-    for impl in ("triton", "chunked"):
-        torch.manual_seed(0)
-        layers = (torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-        net = torch.nn.Sequential(*layers).to(DEVICE)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        curve = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = supcon_loss(net(features), labels, impl=impl)
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.detach())
-        curves.append(torch.stack(curve))
-    assert curves[0][-1] < 0.8 * curves[0][0]
-    torch.testing.assert_close(curves[0], curves[1], rtol=1e-5, atol=1e-5)
+def training_curve(impl: str, directory: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Twenty steps of an emitted program of three stages: losses by stage, and the weights."""
+    source = directory / "net.py"
+    source.write_text(NET)
+    torch.manual_seed(0)
+    program = compile_model(
+        f"{source}:build_model", "8", num_classes=4, num_stages=3, split_at=("1", "3"),
+        options={"impl": impl, "head": "mlp", "out": 8}, out=directory / impl,
+    )  # fmt: skip
+    assert (directory / impl / "stages.py").read_text().count(f'impl="{impl}"') == 2
+    generator = torch.Generator().manual_seed(1)
+    trainer = program.trainer(schedule="sequential", optimizer="sgd", lr=0.1, seed=0)
+    curve = []
+    for _ in range(20):
+        labels = torch.randint(4, (24,), generator=generator)
+        inputs = torch.randn(24, 8, generator=generator) + 2 * torch.eye(4, 8)[labels]
+        trainer.step(inputs, labels)
+        trainer.drain()
+        curve += [losses | {"stage": k} for k, losses in enumerate(trainer.losses())]
+    weights = trainer.state_dict()
+    trainer.close()
+    return curve, weights
+
+
+NET = """
+from torch import nn
+
+
+def build_model():
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="stages are verified on the CPU, then interpreted")
+def test_an_emitted_program_trains_as_with_the_chunked_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps, schedule sequential: the same curve within float32 rounding."""
+    calls = []
+
+    def count(*arguments: object) -> object:
+        calls.append(arguments)
+        return prologue(*arguments)
+
+    prologue = supcon_triton._prologue
+    monkeypatch.setattr(supcon_triton, "_prologue", count)
+    ours, weights = training_curve("triton", tmp_path)
+    launches = len(calls)
+    expected, expected_weights = training_curve("chunked", tmp_path)
+    assert launches >= 40 and len(calls) == launches, "two stages, twenty steps, and verification"
+    contrast = [losses["contrast"] for losses in ours if "contrast" in losses]
+    assert len(contrast) == 40 and sum(contrast[-8:]) < 0.9 * sum(contrast[:8])
+    for found, wanted in zip(ours, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-5)
 
 
 class Guarded(TorchDispatchMode):
