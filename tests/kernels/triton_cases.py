@@ -207,7 +207,7 @@ def training_curve(impl: str, directory: Path) -> tuple[list[dict[str, float]], 
     )  # fmt: skip
     assert (directory / impl / "stages.py").read_text().count(f'impl="{impl}"') == 2
     generator = torch.Generator().manual_seed(1)
-    trainer = program.trainer(schedule="sequential", optimizer="sgd", lr=0.1, seed=0)
+    trainer = program.trainer(schedule="sequential", optimizer="sgd", lr=0.5, seed=0)
     curve = []
     for _ in range(20):
         labels = torch.randint(4, (24,), generator=generator)
@@ -249,11 +249,11 @@ def test_an_emitted_program_trains_as_with_the_chunked_loss(
     expected, expected_weights = training_curve("chunked", tmp_path)
     assert launches >= 40 and len(calls) == launches, "two stages, twenty steps, and verification"
     contrast = [losses["contrast"] for losses in ours if "contrast" in losses]
-    assert len(contrast) == 40 and sum(contrast[-8:]) < 0.9 * sum(contrast[:8])
+    assert len(contrast) == 40 and sum(contrast[-2:]) < 0.9 * sum(contrast[:2])
     for found, wanted in zip(ours, expected, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert found == pytest.approx(wanted, rel=1e-5)
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-5)
 
 
 class Guarded(TorchDispatchMode):
