@@ -20,6 +20,7 @@ Divisor = Literal["scpl", "khosla"]
 Reduction = Literal["mean", "none"]
 Implementation = Literal["chunked", "reference", "triton"]
 
+TRITON = "scpl_compile.kernels.supcon_triton"
 FEATURE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -148,7 +149,7 @@ def _check_triton(features: Tensor, labels: Tensor) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _load_triton() -> bool:
     """At first use, so that the package works where Triton is absent; torch.compile runs it."""
-    import_module("scpl_compile.kernels.supcon_triton")
+    import_module(TRITON)
     return True
 
 
@@ -162,9 +163,11 @@ def _supcon_triton(
     reduction: str,
 ) -> Tensor:
     keep = features.requires_grad and torch.is_grad_enabled()
-    loss: Tensor = torch.ops.scpl_compile.supcon_triton(
-        features, labels, temperature, divisor, normalize, reduction, keep
-    )[0]
+    arguments = features, labels, temperature, divisor, normalize, reduction, keep
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.scpl_compile.supcon_triton(*arguments)[0]
+        return traced
+    loss: Tensor = import_module(TRITON).supcon_triton(*arguments)
     return loss
 
 

@@ -249,4 +249,4 @@ def _backward_stored(
 supcon_triton = differentiable(
     "supcon_triton", forward=forward, forward_fake=forward_fake, backward=backward
 )
-"""torch.ops.scpl_compile.supcon_triton."""
+"""(features, labels, temperature, divisor, normalize, reduction, keep) -> loss."""

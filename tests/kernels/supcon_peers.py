@@ -1,12 +1,20 @@
-"""What the tests of every implementation share: inputs, the eager formula, the triangle rule."""
+"""What the tests of every implementation share: options, and the triangle rule as an assertion."""
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from scpl_compile.kernels.reference import supcon_reference
+from benchmarks.kernels.grid import Loss, loss_and_gradient, random_batch, triangle
+
+__all__ = [
+    "CHOICES",
+    "OPTIONS",
+    "assert_symmetric",
+    "assert_triangle",
+    "loss_and_gradient",
+    "random_batch",
+]
 
 OPTIONS = {"temperature": 0.1, "divisor": "scpl", "normalize": True, "reduction": "mean"}
 CHOICES = [
@@ -17,64 +25,22 @@ CHOICES = [
 ]
 
 
-def random_batch(
-    batch: int, dim: int, classes: int, dtype: torch.dtype = torch.float64, seed: int | None = None
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator()
-    generator.manual_seed(torch.randint(2**40, ()).item() if seed is None else seed)
-    features = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
-    return features.to(dtype), torch.randint(0, classes, (batch,), generator=generator)
+def assert_triangle(loss_fn: Loss, features: Tensor, labels: Tensor, **options: object) -> None:
+    """The error against float64 is at most that of torch in the same dtype, and a tolerance."""
+    for error, allowed in triangle(loss_fn, features, labels, **options):
+        assert error <= allowed
 
 
-def loss_and_gradient(
-    loss_fn: Callable[..., Tensor], features: Tensor, labels: Tensor, **options: object
-) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of its sum with weights 1, 2, 3, 1, 2, 3 and so on."""
-    leaf = features.detach().requires_grad_()
-    loss = loss_fn(leaf, labels, **options)
-    weights = torch.arange(loss.numel(), device=loss.device) % 3 + 1
-    (grad,) = torch.autograd.grad((loss * weights.view(loss.shape)).sum(), leaf)
-    return loss.detach(), grad
+def assert_symmetric(loss_fn: Loss, dtype: torch.dtype, batch: int, reduction: str) -> None:
+    """The gradient of features that need no norm is W times them; W is symmetric, 0 where i = j.
 
-
-def eager_formula(features: Tensor, labels: Tensor, **options: object) -> Tensor:
-    """The loss as one writes it in torch, every step in the dtype of the features."""
-    z = torch.nn.functional.normalize(features, dim=1) if options["normalize"] else features
-    logits = z @ z.T / options["temperature"]
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    lowest = torch.finfo(logits.dtype).min  # not -inf: a batch of one has a gradient then
-    log_probability = logits - logits.masked_fill(itself, lowest).logsumexp(1, keepdim=True)
-    is_positive = (labels[:, None] == labels) & ~itself
-    count = is_positive.sum(1)
-    divisors = count + 1 if options["divisor"] == "scpl" else count.clamp_min(1)
-    losses = -log_probability.where(is_positive, 0).sum(1) / divisors
-    if options["reduction"] == "none":
-        return losses
-    anchors = len(labels) if options["divisor"] == "scpl" else (count > 0).sum().clamp_min(1)
-    return losses.sum() / anchors
-
-
-def assert_triangle(
-    loss_fn: Callable[..., Tensor],
-    features: Tensor,
-    labels: Tensor,
-    *,
-    roundings: int = 1,
-    **options: object,
-) -> None:
-    """The error against float64 is at most that of torch in the same dtype, and a tolerance.
-
-    The tolerance: `roundings` of the dtype of the features and float32 rounding of the logits, of
-    the largest element; and that rounding itself, where terms as large as a logit cancel.
+    Of orthogonal features, so that W is the gradient times their transpose.
     """
-    truth = loss_and_gradient(supcon_reference, features.double(), labels, **options)
-    eager = loss_and_gradient(eager_formula, features, labels, **options)
-    ours = loss_and_gradient(loss_fn, features, labels, **options)
-    bound = 1.0 if options["normalize"] else features.double().square().sum(1).max().item()
-    logit = bound / options["temperature"]
-    slack = roundings * torch.finfo(features.dtype).eps + 2e-7 * (1 + logit)
-    for exact, torch_value, value in zip(truth, eager, ours, strict=True):
-        error = (torch_value.double() - exact).abs().max().nan_to_num(0)
-        allowed = error + slack * exact.abs().max() + 2e-7 * (1 + logit)
-        ours_error = (value.double() - exact).abs().max()
-        assert ours_error <= allowed, (ours_error, error, allowed)
+    features = torch.linalg.qr(torch.randn(batch, batch, dtype=torch.float64)).Q
+    labels = torch.randint(0, 6, (batch,))
+    options = {**OPTIONS, "normalize": False, "reduction": reduction}
+    _, grad = loss_and_gradient(loss_fn, features.to(dtype), labels, **options)
+    weights = grad.double() @ features.T
+    atol = 200 * torch.finfo(dtype).eps * weights.abs().max().item()
+    assert weights.abs().max() > 0 and weights.diagonal().abs().max() < atol
+    torch.testing.assert_close(weights, weights.T, rtol=0, atol=atol)

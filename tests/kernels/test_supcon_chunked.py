@@ -6,11 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from supcon_peers import CHOICES, OPTIONS, assert_triangle, loss_and_gradient, random_batch
+from supcon_peers import (
+    CHOICES,
+    OPTIONS,
+    assert_symmetric,
+    assert_triangle,
+    loss_and_gradient,
+    random_batch,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels.grid import CASES, broken
 from scpl_compile.kernels import supcon_chunked as supcon_chunked_module
 from scpl_compile.kernels.reference import supcon_reference
 from scpl_compile.kernels.supcon_chunked import chunk_size, supcon_chunked
@@ -75,6 +83,24 @@ def test_it_is_as_close_to_the_truth_as_torch(
     if not options["normalize"]:
         features = torch.nn.functional.normalize(features, dim=1)
     assert_triangle(partial(supcon_chunked, chunk=20), features, labels, **options)
+
+
+def test_the_grid() -> None:
+    assert len(CASES) >= 300
+    assert [text for case in CASES if (text := broken(supcon_chunked, case))] == []
+
+
+@pytest.mark.parametrize("faulty", ["loss", "gradient"])
+def test_the_grid_finds_a_small_fault(faulty: str) -> None:
+    def wrong(features: Tensor, labels: Tensor, **options: object) -> Tensor:
+        loss = supcon_chunked(features, labels, **options)
+        off = loss * 1.0001
+        return off + (loss - off).detach() if faulty == "gradient" else loss + (off - loss).detach()
+
+    cases = [case for case in CASES if case.dtype == torch.float32 and case.batch > 60]
+    found = [text for case in cases if (text := broken(wrong, case))]
+    assert len(found) > len(cases) / 4
+    assert all(f"the {faulty} is off" in text for text in found)
 
 
 @pytest.mark.parametrize("options", CHOICES)
@@ -153,6 +179,12 @@ def test_without_positives_loss_and_gradient_are_exactly_zero(
     options = {**options, "temperature": temperature, "chunk": 8}
     loss, grad = loss_and_gradient(supcon_chunked, features, torch.randperm(30), **options)
     assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("batch", [40, 700])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_is_a_symmetric_matrix_times_the_features(batch: int, reduction: str) -> None:
+    assert_symmetric(supcon_chunked, torch.float64, batch, reduction)
 
 
 @pytest.mark.parametrize("options", CHOICES)
