@@ -183,8 +183,11 @@ def test_without_positives_loss_and_gradient_are_exactly_zero(
 
 @pytest.mark.parametrize("batch", [40, 700])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_gradient_is_a_symmetric_matrix_times_the_features(batch: int, reduction: str) -> None:
-    assert_symmetric(supcon_chunked, torch.float64, batch, reduction)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_is_a_symmetric_matrix_times_the_features(
+    batch: int, reduction: str, normalize: bool
+) -> None:
+    assert_symmetric(supcon_chunked, torch.float64, batch, reduction, normalize)
 
 
 @pytest.mark.parametrize("options", CHOICES)

@@ -67,8 +67,11 @@ def test_every_path_is_as_close_too(shape: tuple[int, int], temperature: float) 
 
 @pytest.mark.parametrize("batch", [40, 150])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_gradient_is_a_symmetric_matrix_times_the_features(batch: int, reduction: str) -> None:
-    assert_symmetric(supcon, torch.float32, batch, reduction)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_is_a_symmetric_matrix_times_the_features(
+    batch: int, reduction: str, normalize: bool
+) -> None:
+    assert_symmetric(supcon, torch.float32, batch, reduction, normalize)
 
 
 @pytest.mark.parametrize("shape", [(90, 8), (60, 140), (300, 144)], ids=str)
