@@ -25,7 +25,7 @@ from torch import Tensor
 from scpl_compile.errors import ScplError
 from scpl_compile.kernels import supcon_loss
 
-__all__ = ["Row", "bench_kernels", "bench_offline", "candidates", "naive"]
+__all__ = ["Row", "bench_kernels", "bench_offline", "candidates", "memory_note", "naive"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -187,12 +187,17 @@ def _inputs(batch: int, dim: int, dtype: torch.dtype, device: str) -> tuple[Tens
 
 def _too_large(name: str, batch: int, dim: int, device: str, rate: float) -> str:
     """Why a size is left out, or nothing: over half of the free memory, or too long."""
-    needed = BYTES[name] * batch**2
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_bytes()
-    if needed > free / 2:
-        return f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    if reason := memory_note(name, batch, device):
+        return reason
     seconds = 10 * 6 * batch**2 * dim / rate
     return f"about {seconds:.0f} s for a call" if seconds > LIMIT_S else ""
+
+
+def memory_note(name: str, batch: int, device: str) -> str:
+    """What a candidate would need, where that is over half of the free memory; else nothing."""
+    needed = BYTES[name] * batch**2
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_bytes()
+    return f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free" if needed > free / 2 else ""
 
 
 def _free_bytes() -> int:
