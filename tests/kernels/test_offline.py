@@ -7,10 +7,18 @@ for each architecture it takes those of the default loss; `scpl bench kernels --
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from scpl_compile.kernels.offline import ARCHITECTURES, BUDGET, over_budget, variants
+from scpl_compile.kernels.offline import (
+    ARCHITECTURES,
+    BUDGET,
+    occupancy,
+    over_budget,
+    variants,
+)
 
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB a block may have: CUDA C++ programming guide, compute capabilities; CDNA 3 ISA, LDS."""
@@ -26,8 +34,14 @@ def test_the_budget_has_no_spills_and_fits(architecture: str) -> None:
     assert facts.keys() == variants(architecture).keys()
     assert {one["spills"] for one in facts.values()} == {0}
     assert max(one["shared"] for one in facts.values()) <= SHARED[architecture] * 1024
+    assert min(one["occupancy"] for one in facts.values()) >= 1
     rows = ("prologue", "finalise", "project")
     assert all(one["matrix"] > 0 for name, one in facts.items() if name.split()[0] not in rows)
+
+
+def test_the_budget_is_in_the_package() -> None:
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())
+    assert "kernels/budget.json" in project["tool"]["setuptools"]["package-data"]["scpl_compile"]
 
 
 def test_the_budget_holds_the_bars_for_hopper() -> None:
@@ -49,6 +63,15 @@ def test_the_kernels_keep_to_the_budget(architecture: str, environment: dict[str
     found = json.loads(done.stdout)
     assert len(found[architecture]) == 6
     assert over_budget(found) == []
+
+
+def test_occupancy_by_hand() -> None:
+    assert occupancy("sm_90", 198, 99328, 8) == 1  # 200 x 256 registers of 65,536
+    assert occupancy("sm_90", 128, 49152, 8) == 2
+    assert occupancy("sm_90", 32, 0, 8) == 8  # 64 warps
+    assert occupancy("sm_80", 64, 49152, 4) == 3  # 164 KiB of 49 each
+    assert occupancy("gfx942", 128, 0, 4) == 4
+    assert occupancy("gfx942", 129, 40000, 4) == 1
 
 
 def test_what_exceeds_the_budget_is_named() -> None:
