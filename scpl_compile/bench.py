@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ ERROR_BATCH = 4096
 class Row:
     """One candidate at one size.
 
-    Times in ms of forward and backward, or of forward alone; memory in MiB above what was held
+    Times in ms of forward and backward, and the medians of each alone; memory in MiB above what was held
     before. error: of the gradient against float64, relative, in the Euclidean norm, where the
-    candidate computes the same loss. roofline_ms: 6 B² D operations at the rate of a large product
-    of matrices on this device.
+    candidate computes the same loss. roofline_ms: 6 B² D operations at the rate of a product of
+    large matrices of the dtype on this device.
     """
 
     device: str
@@ -58,6 +59,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     forward_ms: float | None = None
+    backward_ms: float | None = None
     peak_mib: float | None = None
     error: float | None = None
     roofline_ms: float | None = None
@@ -93,9 +95,9 @@ def bench_kernels(out: Path, quick: bool) -> list[Row]:
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     batches, dims = QUICK if quick else SIZES
     losses = candidates(compiled=not quick)
-    rate = _flops_per_second(device)
+    rates = {dtype: _flops_per_second(device, dtype) for dtype in dtypes}
     rows = [
-        _measure(name, loss, batch, dim, dtype, device, rate)
+        _measure(name, loss, batch, dim, dtype, device, rates[dtype])
         for dtype in dtypes
         for dim in dims
         for batch in batches
@@ -148,18 +150,20 @@ def _measure(
         features.grad = None
         loss(features, labels).backward()
 
-    def forward() -> None:
-        loss(features, labels)
+    def forward() -> Tensor:
+        features.grad = None
+        return loss(features, labels)
 
     try:
         both()
-        times = _times(both, device)
+        times = _times(lambda _: both(), device)
         return _with(
             base,
             median_ms=statistics.median(times),
             p20_ms=times[len(times) // 5],
             p80_ms=times[-1 - len(times) // 5],
-            forward_ms=statistics.median(_times(forward, device)),
+            forward_ms=statistics.median(_times(lambda _: forward(), device)),
+            backward_ms=statistics.median(_times(Tensor.backward, device, forward)),
             peak_mib=_peak_mib(both, device),
             error=_error(loss, features, labels) if name in SAME and batch <= ERROR_BATCH else None,
         )
@@ -205,13 +209,19 @@ def _free_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def _times(run: Callable[[], None], device: str) -> list[float]:
-    """ms, sorted: at least 5 calls, else as many as half a second holds."""
+def _times(
+    run: Callable[[Any], object], device: str, prepare: Callable[[], object] = lambda: None
+) -> list[float]:
+    """ms, sorted: at least 5 calls, else as many as half a second holds.
+
+    run takes what `prepare` gave just before, whose time does not count.
+    """
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 500 and len(times) < 200):
+        prepared = prepare()
         _synchronize(device)
         start = time.perf_counter()
-        run()
+        run(prepared)
         _synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))
     return sorted(times)
@@ -254,15 +264,12 @@ def _error(loss: Loss, features: Tensor, labels: Tensor) -> float:
     return ((features.grad.double() - truth.grad).norm() / truth.grad.norm()).item()
 
 
-def _flops_per_second(device: str) -> float:
-    """Of a product of two large matrices in float32 (TF32 is torch's own choice)."""
-    left = torch.randn(1024, 1024, device=device)
-
-    def run() -> None:
-        left @ left
-
-    run()
-    return 2 * 1024**3 / (_times(run, device)[0] / 1e3)
+def _flops_per_second(device: str, dtype: torch.dtype) -> float:
+    """Of a product of two large matrices (whether float32 is TF32 is torch's own choice)."""
+    size = 1024 if device == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(dtype)
+    torch.mm(left, left)
+    return 2 * size**3 / (_times(lambda _: torch.mm(left, left), device)[0] / 1e3)
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -28,6 +28,7 @@ def test_quick_writes_a_row_for_each_size_and_candidate(
     assert {("8", "4", "fused"), ("8", "4", "eager"), ("16", "4", "fused")} <= sizes
     for row in rows:
         times = [float(row[name]) for name in ("p20_ms", "median_ms", "p80_ms")]
+        assert 0 < float(row["forward_ms"]) and 0 < float(row["backward_ms"])
         assert 0 < times[0] <= times[1] <= times[2] and float(row["roofline_ms"]) > 0
         if row["candidate"] in bench.SAME:
             assert 0 < float(row["error"]) < 1e-4

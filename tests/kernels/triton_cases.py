@@ -48,7 +48,9 @@ SHAPES = [(1, 1), (2, 3), (33, 5), (70, 16), (97, 20), (40, 130), (130, 65), (16
 
 
 def test_the_shapes_take_every_path() -> None:
-    assert {path(*shape) for shape in SHAPES} == {"stored", "chunks", "rows"}
+    every = {"stored", "chunks", "rows"}
+    assert {path(*shape) for shape in SHAPES} == every
+    assert {path(*shape) for shape in [(90, 8), (60, 140), (150, 65)]} == every
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
@@ -74,7 +76,7 @@ def test_the_gradient_is_a_symmetric_matrix_times_the_features(
     assert_symmetric(supcon, torch.float32, batch, reduction, normalize)
 
 
-@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (300, 144)], ids=str)
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (150, 65)], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_order_of_the_batch_does_not_matter(
@@ -92,7 +94,7 @@ def test_the_order_of_the_batch_does_not_matter(
     torch.testing.assert_close(permuted_grad, grad, rtol=1e-4, atol=atol)
 
 
-@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (300, 144)], ids=str)
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (150, 65)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_length_of_normalised_features_does_not_matter(
     shape: tuple[int, int], reduction: str
@@ -178,7 +180,7 @@ def test_groups_of_columns_and_chunks_of_rows_move_last_bits_only(
         torch.testing.assert_close(first, second, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (300, 144)], ids=str)
+@pytest.mark.parametrize("shape", [(90, 8), (60, 140), (150, 65)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_two_runs_give_the_same_bits(shape: tuple[int, int], reduction: str) -> None:
     features, labels = random_batch(*shape, 9, torch.float16)
