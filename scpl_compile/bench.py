@@ -44,8 +44,8 @@ ERROR_BATCH = 4096
 class Row:
     """One candidate at one size.
 
-    Times in ms of forward and backward, and the medians of each alone; memory in MiB above what was held
-    before. error: of the gradient against float64, relative, in the Euclidean norm, where the
+    Times in ms of forward and backward, and the medians of each alone; memory in MiB above what was
+    held before. error: of the gradient against float64, relative, in the Euclidean norm, where the
     candidate computes the same loss. roofline_ms: 6 B² D operations at the rate of a product of
     large matrices of the dtype on this device.
     """
