@@ -104,6 +104,26 @@ def test_the_grid_finds_a_small_fault(faulty: str) -> None:
 
 
 @pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_products_in_bfloat16_are_close_enough(
+    options: dict[str, object], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a processor with AMX takes them: here any does."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    features, labels = random_batch(700, 16, 30, torch.bfloat16)
+    assert supcon_chunked_module._multiplies_bfloat16(features)
+    if not options["normalize"]:
+        features = torch.nn.functional.normalize(features, dim=1)
+    options = {**options, "temperature": temperature}
+    assert_triangle(supcon_chunked, features, labels, **options)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    _, exact = loss_and_gradient(supcon_chunked, features, labels, **options)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    _, grad = loss_and_gradient(supcon_chunked, features, labels, **options)
+    assert (grad - exact).double().norm() <= 0.01 * exact.double().norm()
+
+
+@pytest.mark.parametrize("options", CHOICES)
 @pytest.mark.parametrize("temperature", [0.1, 0.002])
 def test_the_chunk_moves_last_bits_only(options: dict[str, object], temperature: float) -> None:
     features, labels = random_batch(23, 6, 4)
