@@ -49,8 +49,9 @@ BUDGET = Path(__file__).with_name("budget.json")
 POINTS = [
     (batch, dim, dtype, temperature)
     for dtype, dims in (
-        (torch.bfloat16, (32, 64, 128, 1024)),
-        (torch.float32, (32, 64, 1024)),
+        (torch.bfloat16, (16, 32, 64, 128, 256, 1024)),
+        (torch.float16, (32, 64, 128, 1024)),
+        (torch.float32, (16, 32, 64, 256, 1024)),
     )
     for dim in dims
     for batch, temperature in ((dim, 0.1), (1024, 0.1), (65536, 0.1), (65536, 0.005))

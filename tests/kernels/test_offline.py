@@ -1,6 +1,6 @@
 """The kernels compile for every architecture within a committed budget, and it within the bars.
 
-A process of its own compiles: this one may have loaded Triton for the interpreter. Of 70 kernels
+A process of its own compiles: this one may have loaded Triton for the interpreter. Of 147 kernels
 for each architecture it takes those of the default loss; `scpl bench kernels --offline` takes all.
 """
 
