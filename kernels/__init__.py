@@ -1,5 +1,5 @@
-"""Kernels: the contrastive loss that every SCPL stage trains on. Imports torch only."""
+"""Kernels: the contrastive loss that every SCPL stage trains on. Imports torch; Triton lazily."""
 
-from scpl_compile.kernels.supcon import SupConLoss, supcon_loss
+from scpl_compile.kernels.supcon import SupConLoss, forward_with_grad, supcon_loss
 
-__all__ = ["SupConLoss", "supcon_loss"]
+__all__ = ["SupConLoss", "forward_with_grad", "supcon_loss"]

@@ -33,7 +33,11 @@ def supcon_reference(
     # The least float, not -inf: a lone anchor then has a gradient of 0, not NaN.
     others = logits.masked_fill(itself, torch.finfo(torch.float64).min)
     log_probability = logits - others.logsumexp(dim=1, keepdim=True)
-    is_positive = (labels[:, None] == labels) & ~itself
+    if labels.dim() == 2:
+        same = (labels.double() @ labels.double().T) > 0
+    else:
+        same = labels[:, None] == labels
+    is_positive = same & ~itself
     num_positives = is_positive.sum(dim=1)
     divisors = num_positives + 1 if divisor == "scpl" else num_positives.clamp_min(1)
     losses = -log_probability.where(is_positive, 0).sum(dim=1) / divisors

@@ -222,3 +222,29 @@ def demo(out: Path, as_json: bool) -> None:
     result = run_demo(out)
     if as_json:
         click.echo(json.dumps(result))
+
+
+@main.group()
+def bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command()
+@click.option("--offline", is_flag=True, help="Compile for four architectures; needs no GPU.")
+@click.option("--quick", is_flag=True, help="Few sizes, without torch.compile.")
+@click.option("-o", "--out", default=Path("out/bench"), show_default=True,
+              type=click.Path(path_type=Path), metavar="DIR",
+              help="For kernels.csv and kernels.png.")  # fmt: skip
+@_telling_errors
+def kernels(offline: bool, quick: bool, out: Path) -> None:
+    """Time, memory and error of the contrastive loss, beside its alternatives.
+
+    --offline tells registers, spills and instructions instead, and fails over budget.
+    """
+    from scpl_compile.bench import bench_kernels, bench_offline
+
+    if offline:
+        bench_offline("bf16 D128" if quick else "")
+    else:
+        bench_kernels(out, quick)
+        click.echo(f"wrote {out / 'kernels.csv'}", err=True)

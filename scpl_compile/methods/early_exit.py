@@ -15,7 +15,7 @@ from scpl_compile.runtime.loss_options import LossOptions
 __all__ = ["EarlyExit", "check_options"]
 
 
-_OF_CONTRAST = ("contrast", "temperature", "divisor", "out")
+_OF_CONTRAST = ("contrast", "temperature", "divisor", "impl", "out")
 
 
 def check_options(options: Mapping[str, Scalar]) -> None:

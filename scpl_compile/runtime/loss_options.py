@@ -22,6 +22,7 @@ __all__ = ["PAPER", "LossOptions", "objective_flops", "objective_parameters"]
 
 CLASSIFIERS = ("linear", "mlp", "mlp-bn")
 DIVISORS = ("scpl", "khosla")
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 
 PAPER: Mapping[str, Mapping[str, Scalar]] = MappingProxyType(
     {
@@ -41,6 +42,7 @@ class LossOptions(HeadSpec):
 
     contrast, cross_entropy: weights of the two terms; a term of weight 0 is not built.
     temperature, divisor: of the contrastive term (`scpl_compile.kernels.supcon_loss`).
+    impl: which implementation computes that term; auto leaves it to `supcon_loss`.
     classifier: what gives the logits for cross entropy from the pooled vector, beside the
         projection: linear · mlp · mlp-bn, with the head's hidden width.
 
@@ -50,6 +52,7 @@ class LossOptions(HeadSpec):
 
     temperature: float = 0.1
     divisor: str = "scpl"
+    impl: str = "auto"
     contrast: float = 1.0
     cross_entropy: float = 1.0
     classifier: str = "linear"
@@ -60,6 +63,8 @@ class LossOptions(HeadSpec):
             raise option_error("temperature", self.temperature, "a number above 0, as in 0.1")
         if self.divisor not in DIVISORS:
             raise option_error("divisor", self.divisor, f"one of {', '.join(DIVISORS)}")
+        if self.impl not in IMPLEMENTATIONS:
+            raise option_error("impl", self.impl, f"one of {', '.join(IMPLEMENTATIONS)}")
         for name in ("contrast", "cross_entropy"):
             weight = getattr(self, name)
             if not (weight >= 0 and isfinite(weight)):
@@ -90,6 +95,7 @@ class LossOptions(HeadSpec):
                 names |= {"channel_multiplier", "channel_limit"}
         if self.contrast:
             names |= {"temperature", "divisor"}
+            names |= set() if self.impl == "auto" else {"impl"}
             names |= set() if resolved.head == "identity" else {"out"}
             names |= {"hidden"} if resolved.head.startswith("mlp") else set()
         if self.cross_entropy and self.classifier != "linear":

@@ -83,7 +83,8 @@ class LocalLoss(nn.Module):
                 self.projection(pooled),
                 labels,
                 temperature=options.temperature,
-                divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked it
+                divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked both
+                impl=None if options.impl == "auto" else options.impl,  # type: ignore[arg-type]
             )
         if self.classifier is not None:
             logits = self._classify(self.classifier, pooled)

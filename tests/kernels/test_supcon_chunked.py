@@ -1,45 +1,27 @@
 """The chunked loss against the float64 reference, and what it promises beyond the numbers."""
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from supcon_peers import (
+    CHOICES,
+    OPTIONS,
+    assert_symmetric,
+    assert_triangle,
+    loss_and_gradient,
+    random_batch,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels.grid import CASES, broken
+from scpl_compile.kernels import supcon_chunked as supcon_chunked_module
 from scpl_compile.kernels.reference import supcon_reference
 from scpl_compile.kernels.supcon_chunked import chunk_size, supcon_chunked
-
-OPTIONS = {"temperature": 0.1, "divisor": "scpl", "normalize": True, "reduction": "mean"}
-CHOICES = [
-    {**OPTIONS, "divisor": divisor, "normalize": normalize, "reduction": reduction}
-    for divisor, normalize, reduction in itertools.product(
-        ["scpl", "khosla"], [True, False], ["mean", "none"]
-    )
-]
-
-
-def random_batch(
-    batch: int, dim: int, classes: int, dtype: torch.dtype = torch.float64, seed: int | None = None
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator()
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    features = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
-    return features.to(dtype), torch.randint(0, classes, (batch,), generator=generator)
-
-
-def loss_and_gradient(
-    loss_fn: object, features: Tensor, labels: Tensor, **options: object
-) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of its sum with weights 1, 2, 3, 1, 2, 3 and so on."""
-    leaf = features.detach().requires_grad_()
-    loss = loss_fn(leaf, labels, **options)
-    weights = torch.arange(loss.numel()) % 3 + 1
-    (grad,) = torch.autograd.grad((loss * weights.view(loss.shape)).sum(), leaf)
-    return loss.detach(), grad
 
 
 def assert_is_reference(features: Tensor, labels: Tensor, **options: object) -> None:
@@ -90,22 +72,6 @@ def test_the_gradient_is_the_derivative(options: dict[str, object], chunk: int) 
     )
 
 
-def eager_formula(features: Tensor, labels: Tensor, **options: object) -> Tensor:
-    """The loss as one writes it in torch, every step in the dtype of the features."""
-    z = torch.nn.functional.normalize(features, dim=1) if options["normalize"] else features
-    logits = z @ z.T / options["temperature"]
-    itself = torch.eye(len(labels), dtype=torch.bool)
-    log_probability = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    is_positive = (labels[:, None] == labels) & ~itself
-    count = is_positive.sum(1)
-    divisors = count + 1 if options["divisor"] == "scpl" else count.clamp_min(1)
-    losses = -log_probability.where(is_positive, 0).sum(1) / divisors
-    if options["reduction"] == "none":
-        return losses
-    anchors = len(labels) if options["divisor"] == "scpl" else (count > 0).sum()
-    return losses.sum() / anchors
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [2.0, 0.1, 0.0251, 0.005])
 @pytest.mark.parametrize("options", CHOICES)
@@ -116,14 +82,45 @@ def test_it_is_as_close_to_the_truth_as_torch(
     features, labels = random_batch(48, 16, 6, dtype)
     if not options["normalize"]:
         features = torch.nn.functional.normalize(features, dim=1)
-    truth = loss_and_gradient(supcon_reference, features.double(), labels, **options)
-    eager = loss_and_gradient(eager_formula, features, labels, **options)
-    ours = loss_and_gradient(supcon_chunked, features, labels, **options, chunk=20)
-    for exact, torch_value, value in zip(truth, eager, ours, strict=True):
-        # One rounding of the result, and float32 rounding of logits up to 1/T.
-        slack = torch.finfo(value.dtype).eps + 2e-7 * (1 + 1 / temperature)
-        allowed = (torch_value.double() - exact).abs().max() + slack * exact.abs().max()
-        assert (value.double() - exact).abs().max() <= allowed
+    assert_triangle(partial(supcon_chunked, chunk=20), features, labels, **options)
+
+
+def test_the_grid() -> None:
+    assert len(CASES) >= 300
+    assert [text for case in CASES if (text := broken(supcon_chunked, case))] == []
+
+
+@pytest.mark.parametrize("faulty", ["loss", "gradient"])
+def test_the_grid_finds_a_small_fault(faulty: str) -> None:
+    def wrong(features: Tensor, labels: Tensor, **options: object) -> Tensor:
+        loss = supcon_chunked(features, labels, **options)
+        off = loss * 1.0001
+        return off + (loss - off).detach() if faulty == "gradient" else loss + (off - loss).detach()
+
+    cases = [case for case in CASES if case.dtype == torch.float32 and case.batch > 60]
+    found = [text for case in cases if (text := broken(wrong, case))]
+    assert len(found) > len(cases) / 4
+    assert all(f"the {faulty} is off" in text for text in found)
+
+
+@pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_products_in_bfloat16_are_close_enough(
+    options: dict[str, object], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a processor with AMX takes them: here any does."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    features, labels = random_batch(700, 16, 30, torch.bfloat16)
+    assert supcon_chunked_module._multiplies_bfloat16(features)
+    if not options["normalize"]:
+        features = torch.nn.functional.normalize(features, dim=1)
+    options = {**options, "temperature": temperature}
+    assert_triangle(supcon_chunked, features, labels, **options)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    _, exact = loss_and_gradient(supcon_chunked, features, labels, **options)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    _, grad = loss_and_gradient(supcon_chunked, features, labels, **options)
+    assert (grad - exact).double().norm() <= 0.01 * exact.double().norm()
 
 
 @pytest.mark.parametrize("options", CHOICES)
@@ -139,9 +136,11 @@ def test_the_chunk_moves_last_bits_only(options: dict[str, object], temperature:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 319, 320, 321, 512, 1000, 4096, 65537])
-@pytest.mark.parametrize(("device_type", "largest"), [("cpu", 320), ("cuda", 4096)])
-def test_chunks_are_few_and_equal(batch: int, device_type: str, largest: int) -> None:
-    chunk = chunk_size(batch, device_type)
+@pytest.mark.parametrize(
+    ("device_type", "threads", "largest"), [("cpu", 1, 320), ("cpu", 2, 512), ("cuda", 2, 4096)]
+)
+def test_chunks_are_few_and_equal(batch: int, device_type: str, threads: int, largest: int) -> None:
+    chunk = chunk_size(batch, device_type, threads)
     num_chunks = -(-batch // chunk)
     assert 1 <= chunk <= largest
     assert num_chunks == -(-batch // largest)
@@ -202,6 +201,15 @@ def test_without_positives_loss_and_gradient_are_exactly_zero(
     assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("batch", [40, 700])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_is_a_symmetric_matrix_times_the_features(
+    batch: int, reduction: str, normalize: bool
+) -> None:
+    assert_symmetric(supcon_chunked, torch.float64, batch, reduction, normalize)
+
+
 @pytest.mark.parametrize("options", CHOICES)
 @pytest.mark.parametrize("batch", [100, 700])
 def test_two_runs_give_the_same_bits(options: dict[str, object], batch: int) -> None:
@@ -243,47 +251,53 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def run(
+    features: Tensor, labels: Tensor, chunk: int | None = None, **options: object
+) -> tuple[Tensor, ...]:
+    """What `forward` returns, and after it the gradient: the operator's inside."""
+    arguments = [options[name] for name in ("temperature", "divisor", "normalize", "reduction")]
+    arguments += [chunk or chunk_size(len(features), "cpu", 1), True]
+    result = supcon_chunked_module.forward(features, labels, *arguments)
+    fake = supcon_chunked_module.forward_fake(features, labels, *arguments)
+    assert [(t.shape, t.dtype) for t in result] == [(t.shape, t.dtype) for t in fake]
+    grad_loss = torch.ones_like(result[0])
+    return *result, supcon_chunked_module.backward(
+        grad_loss, features, labels, *result[1:], *arguments
+    )
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 def test_memory_grows_with_the_batch_not_with_its_square(temperature: float) -> None:
     batch, dim = 4096, 32
     features, labels = random_batch(batch, dim, 50, torch.float32)
-    saved: list[int] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        loss = supcon_chunked(
-            features.requires_grad_(), labels, **{**OPTIONS, "temperature": temperature}
-        )
-        loss.backward()
-    assert largest.numel == max(batch * dim, chunk_size(batch, "cpu") ** 2)
-    assert batch * dim < sum(saved) < 3 * batch * dim
-    assert features.grad.isfinite().all()
+    with LargestTensor() as largest:
+        _, *saved, grad = run(features, labels, **{**OPTIONS, "temperature": temperature})
+    assert largest.numel == max(batch * dim, chunk_size(batch, "cpu", 1) ** 2)
+    assert batch * dim < sum(t.numel() for t in saved) < 3 * batch * dim
+    assert grad.isfinite().all()
 
 
 def test_kept_blocks_are_no_larger_than_the_features() -> None:
     batch, dim = 600, 300
     features, labels = random_batch(batch, dim, 5, torch.float32)
-    saved: list[int] = []
+    _, *saved, _ = run(features, labels, **OPTIONS)
+    assert batch * batch // 2 < sum(t.numel() for t in saved) < 4.5 * batch * dim
 
-    def count(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        supcon_chunked(features.requires_grad_(), labels, **OPTIONS)
-    assert batch * batch // 2 < sum(saved) < 4.5 * batch * dim
+@pytest.mark.parametrize("batch", [1, 5, 8, 13])
+def test_blocks_are_kept_as_many_as_there_are(batch: int) -> None:
+    features, labels = random_batch(batch, 3, 3)
+    *_, kept, _ = run(features, labels, chunk=4, **OPTIONS)
+    sizes = [min(4, batch - first) for first in range(0, batch, 4)]
+    pairs = [a * b for i, a in enumerate(sizes) for b in sizes[i:]]
+    assert kept.numel() == sum(pairs)
 
 
 @pytest.mark.parametrize("options", CHOICES)
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 def test_nothing_depends_on_data(options: dict[str, object], temperature: float) -> None:
     """A fake tensor has no data: .item(), nonzero or a data-dependent shape would raise."""
-    options = {**options, "temperature": temperature}
     with FakeTensorMode():
-        features = torch.empty(600, 8, requires_grad=True)
-        labels = torch.empty(600, dtype=torch.int64)
-        supcon_chunked(features, labels, **options).sum().backward()
-        assert features.grad.shape == (600, 8)
+        features, labels = torch.empty(600, 8), torch.empty(600, dtype=torch.int64)
+        *_, grad = run(features, labels, **{**options, "temperature": temperature})
+        assert grad.shape == (600, 8)

@@ -31,6 +31,7 @@ OPTIONS = st.fixed_dictionaries(
         "conv_size": st.integers(0, 5),
         "temperature": st.sampled_from((0.07, 0.5)),
         "divisor": st.sampled_from(("scpl", "khosla")),
+        "impl": st.sampled_from(("auto", "chunked", "reference")),
     },
 )
 IN_SHAPES = st.sampled_from(
@@ -87,7 +88,8 @@ def test_arguments_show_only_what_has_an_effect():
         "contrast": 1.0,
         "cross_entropy": 1.0,
     }
-    early_exit = LossOptions(head="mlp", contrast=0.0, classifier="mlp", hidden=512)
+    assert LossOptions(impl="triton").arguments(((64,),))["impl"] == "triton"
+    early_exit = LossOptions(head="mlp", contrast=0.0, impl="chunked", classifier="mlp", hidden=512)
     assert early_exit.arguments(((16, 300),)) == {
         "head": "identity",
         "hidden": 512,
@@ -123,6 +125,7 @@ def test_paper_is_the_contrastive_loss_alone_on_the_released_head():
         ({"temperature": 0.0}, "option temperature is 0.0; it must be a number above 0"),
         ({"temperature": float("nan")}, "option temperature is nan"),
         ({"divisor": "mean"}, "option divisor is 'mean'; it must be one of scpl, khosla"),
+        ({"impl": "cuda"}, "option impl is 'cuda'; it must be one of auto, triton, chunked, ref"),
         ({"contrast": -1.0}, "option contrast is -1.0; it must be a weight of 0 or more"),
         ({"cross_entropy": float("inf")}, "option cross_entropy is inf"),
         ({"contrast": 0, "cross_entropy": 0}, "contrast and cross_entropy are both 0"),

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from scpl_compile.errors import MethodError
+from scpl_compile.kernels import supcon_loss
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
 
 SHAPE = (3, 6, 6)
@@ -47,6 +48,20 @@ def test_khosla_divides_by_the_positives_alone():
     scpl = LocalLoss(divisor="scpl", **arguments)(x, labels=labels)["contrast"]
     khosla = LocalLoss(divisor="khosla", **arguments)(x, labels=labels)["contrast"]
     torch.testing.assert_close(scpl, khosla * 2 / 3)  # two positives per anchor
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "chunked", "reference"])
+def test_impl_reaches_the_contrastive_loss(impl, monkeypatch):
+    called = []
+
+    def loss_of(features, labels, **options):
+        called.append(options["impl"])
+        return supcon_loss(features, labels)
+
+    monkeypatch.setattr("scpl_compile.runtime.losses.supcon_loss", loss_of)
+    loss = LocalLoss(num_classes=3, in_shapes=((5,),), head="identity", impl=impl)
+    loss(torch.randn(8, 5), labels=torch.randint(3, (8,)))
+    assert called == [None if impl == "auto" else impl]
 
 
 def test_cross_entropy_is_of_the_local_logits():
