@@ -119,13 +119,18 @@ def copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest element; infinity for other shapes or NaN."""
+    """Largest difference relative to the largest finite element; infinity for other shapes or NaN.
+
+    Equal infinities differ by nothing (the bounds of a clamp that is off).
+    """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if actual.numel() == 0:
         return 0.0
     wide, truth = actual.detach().double(), expected.detach().double()
-    worst = float((wide - truth).abs().max() / truth.abs().max().clamp_min(1e-12))
+    gap = (wide - truth).abs().masked_fill(wide == truth, 0.0).max()
+    scale = truth.abs().masked_fill(truth.isinf(), 0.0).max().clamp_min(1e-12)
+    worst = float(gap / scale)
     return worst if worst == worst else float("inf")
 
 

@@ -45,6 +45,16 @@ def test_another_shape_dtype_or_nan_is_infinitely_different(actual: Tensor) -> N
     assert difference(actual, torch.ones(3)) == float("inf")
 
 
+def test_equal_infinities_are_no_difference() -> None:
+    inf = float("inf")
+    bounds = torch.tensor([-inf, 100.0, inf])
+    assert difference(bounds, bounds) == 0.0
+    assert difference(torch.tensor(inf), torch.tensor(inf)) == 0.0
+    assert difference(torch.tensor([-inf, 101.0, inf]), bounds) == pytest.approx(0.01)
+    assert difference(torch.tensor([-inf, 100.0, 1e9]), bounds) == inf
+    assert difference(-bounds, bounds) == inf
+
+
 def test_zeros_differ_from_anything_else() -> None:
     assert difference(torch.full((2,), 1e-6), torch.zeros(2)) > RTOL
     assert difference(torch.tensor([True, False]), torch.tensor([True, True])) == 1.0
