@@ -101,6 +101,10 @@ class InputSpec:
         dtype_nbytes(self.dtype)
         if not self.name.isidentifier():
             raise ProgramError(f"input name {self.name!r} is not an identifier")
+        if self.last is not None and not (self.shape and 0 <= self.last < (self.high or 0) > 1):
+            raise ProgramError(
+                f"input {self.name!r}: rows of numbers below {self.high} cannot end in {self.last}"
+            )
 
     def __str__(self) -> str:
         bound = "" if self.high is None else f"<{self.high}"

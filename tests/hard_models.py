@@ -158,6 +158,101 @@ class KeepsTable(Part):
         return self.linear(x) + self.table
 
 
+class CountsInPlainTensor(Part):
+    """A plain tensor that is written through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(6)
+
+    def step(self, x):
+        self.seen[:3].add_(1.0)
+        return self.linear(x) + self.seen * 0.01
+
+
+class Rank(Part):
+    """How many dimensions a tensor has depends on data."""
+
+    def step(self, x):
+        rows = (x[:, 0] > 0).nonzero().squeeze()
+        if rows.dim() == 0:
+            rows = rows.unsqueeze(0)
+        return self.linear(x) + x[rows].sum(0)
+
+
+class Rows(Part):
+    """How many tensors there are depends on data."""
+
+    def step(self, x):
+        y = self.linear(x)
+        for row in x[x[:, 0] > 0]:
+            y = y + row
+        return y
+
+
+class NoGradBlock(Part):
+    """A module of several, called under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+    def step(self, x):
+        with torch.no_grad():
+            target = self.teacher(x)
+        return self.linear(x) * target
+
+
+class NoGradInPlace(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def step(self, x):
+        y = self.linear(x) * 1.0
+        with torch.no_grad():
+            self.relu(y)
+        return y
+
+
+class TensorOrNumber(Part):
+    """An argument that is a tensor in one mode and a number in the other."""
+
+    def step(self, x):
+        return torch.add(self.linear(x), x if self.training else 0.0)
+
+
+class Siamese(Part):
+    """One stem with a batch norm, called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+    def step(self, x):
+        return self.stem(self.linear(x)) + self.stem(x * 2) + self.stem(x + 1)
+
+
+class Recovers(Part):
+    """An assertion that the model itself catches."""
+
+    def step(self, x):
+        y = self.linear(x)
+        try:
+            assert x.max() < 1, "too large"
+        except AssertionError:
+            y = y / 2
+        return y
+
+
+class AnyOf(Part):
+    """A claim of which no single answer is one."""
+
+    def step(self, x):
+        assert any((column > -9).all() for column in (x[:, 0], x[:, 1]))
+        return self.linear(x)
+
+
 class SliceAssignment(Part):
     def step(self, x):
         y = self.linear(x)

@@ -105,6 +105,15 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.Routing: ("", "a tensor whose size depends on values"),
     hard.MakesSure: ("control flow", DATA),
     hard.KeepsTable: (UNREGISTERED, ""),
+    hard.CountsInPlainTensor: (UNREGISTERED, "writes 'part.seen' in place"),
+    hard.Rank: ("control flow", "size depends on values"),
+    hard.Rows: ("cannot be iterated", "size depends on values"),
+    hard.NoGradBlock: ("no_grad", ""),
+    hard.NoGradInPlace: ("no_grad", "in place under no_grad"),
+    hard.TensorOrNumber: (TRAINING, TRAINING),
+    hard.Siamese: ("", ""),
+    hard.Recovers: ("control flow", DATA),
+    hard.AnyOf: ("control flow", DATA),
     hard.SliceAssignment: ("does not support item assignment", ""),
     hard.AssignsData: ("'data' is assigned", "assigns the attribute 'data' of a tensor"),
     hard.CountsCalls: ("writes 'part.calls' in place", "writes 'part.calls' in place"),
@@ -132,7 +141,10 @@ CONSTRUCTS: Mapping[type[hard.Part], tuple[str, str]] = {
 
 IN_ROOT: Mapping[type[hard.Part], tuple[str, str]] = {
     hard.CountsCalls: ("changes its attribute 'calls'", "writes 'calls' in place"),
+    hard.CountsInPlainTensor: (UNREGISTERED, "writes 'seen' in place"),
     hard.MakesSure: ("control flow", ""),
+    hard.Rank: ("control flow", DATA),
+    hard.Rows: ("cannot be iterated", DATA),
     hard.Routing: ("", ""),  # where most of the model is inside, numbers from data are followed
 }
 """Why the model's own forward is refused, where that is not why a submodule stays whole."""

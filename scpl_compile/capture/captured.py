@@ -61,13 +61,15 @@ class ModuleCall:
     """One call of a module that was traced through.
 
     args, kwargs and result are what the call was given and what it returned, as nested Python
-    containers with the graph's nodes in place of values.
+    containers with the graph's nodes in place of values. has_gradient: it was not called under
+    no_grad, which the graph of its nodes says and a call of the module would not.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

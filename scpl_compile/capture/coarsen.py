@@ -73,6 +73,7 @@ def _collapses(capture: Capture, stage_of: Mapping[str, int]) -> dict[str, _Coll
         given = _given(call, nodes)
         one_stage = len({stage_of[node.name] for node in nodes}) == 1
         one_stage = one_stage and not any("moved" in node.meta for node in nodes)
+        one_stage = one_stage and call.has_gradient
         if one_stage and given is not None and _is_writable(call, known, alive):
             found[key] = _Collapse(call, nodes, given)
     while lost := [key for key in found if not _has_arguments(found[key], found, stage_of)]:

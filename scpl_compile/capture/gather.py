@@ -9,6 +9,8 @@ model embeds its tokens with the table of the encoder, and waits with that for t
 
 from collections import defaultdict
 
+import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from scpl_compile.capture.captured import Capture
@@ -31,11 +33,25 @@ def gather_shared(capture: Capture) -> None:
     for name, parameters in node_parameters(capture).items():
         for parameter in parameters:
             users[parameter].append(nodes[name])
-    for first, *others in users.values():
+    for last, *others in users.values():
+        if not all(_only_reads(node, capture.model) for node in (last, *others)):
+            continue
         for other in others:
-            for node in reversed(_moving(other, first, list(capture.graph.nodes))):
-                first.append(node)
+            moving = _moving(other, last, list(capture.graph.nodes))
+            for node in reversed(moving):
+                last.append(node)
                 node.meta["moved"] = True
+            last = other if moving else last
+
+
+def _only_reads(node: Node, model: nn.Module) -> bool:
+    """Whether a node that uses a parameter writes nothing that the graph does not show."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        if type(module) is nn.Embedding:
+            return module.max_norm is None
+        return type(module) is nn.Linear
+    return node.target is not F.embedding or node.kwargs.get("max_norm") is None
 
 
 def _moving(node: Node, first: Node, nodes: list[Node]) -> list[Node]:

@@ -174,7 +174,7 @@ def _switch_constants(training: Graph, evaluation: Graph) -> set[Scope]:
 
 
 def _merged(one: Any, other: Any, node: Node) -> Any:
-    if isinstance(one, Node):
+    if isinstance(one, Node) and isinstance(other, Node):
         return one
     if isinstance(one, slice) and isinstance(other, slice):
         parts = ((one.start, other.start), (one.stop, other.stop), (one.step, other.step))
@@ -256,6 +256,8 @@ def _is_of_sizes(value: Any) -> bool:
     """Whether `value` is a constant, a size, or computed from these."""
     if not isinstance(value, Node):
         return True
+    if any("varies" in source.meta for source in value.all_input_nodes):
+        return False
     if value.op == "call_method":
         return value.target in ("size", "dim", "numel")
     if value.target is getattr:

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sympy.logic.boolalg import Boolean  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Node
@@ -60,12 +61,14 @@ from scpl_compile.capture.opening import (
 )
 from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.state import ModelState, RandomState
-from scpl_compile.capture.symbols import BatchSymbols
+from scpl_compile.capture.symbols import BatchSymbols, data_symbols
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
 from scpl_compile.capture.values import (
     is_alike,
+    leaves,
     only_nodes,
     plain_fields,
+    plain_tensors,
 )
 from scpl_compile.capture.watch import GRADIENT_MODES, unwatched, watched
 from scpl_compile.ir import InputSpec
@@ -127,6 +130,7 @@ class _Recorder(TorchFunctionMode):
         self._fake.cache_enabled = False  # what it remembers of a call, it asks nothing about
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._paths = {id(m): path for path, m in model.named_modules()}
+        self._plain = list(plain_tensors(model))
         self._is_large = large_modules(model)
         self._is_paused = False
 
@@ -191,6 +195,8 @@ class _Recorder(TorchFunctionMode):
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         given = without_defaults(m, tuple(args), kwargs)
+        tracked = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        versions = [t._version for t in tracked if t.requires_grad]
         node_args = self._values.argument(given[0]), self._values.argument(given[1])
         mark = self._mark(m)
         with self._paused():
@@ -206,6 +212,8 @@ class _Recorder(TorchFunctionMode):
                 mark.randomness.restore()
         node = self._values.node("call_module", path, *node_args)
         if not torch.is_grad_enabled():
+            if versions != [t._version for t in tracked if t.requires_grad]:
+                self.report("writes a tensor with a gradient in place under no_grad")
             inputs = (args, kwargs, list(m.parameters()))
             return self._bind_detached(result, inputs, node)
         return self._values.bind(result, node)
@@ -219,6 +227,7 @@ class _Recorder(TorchFunctionMode):
         self._counts[path] += 1
         given = self._values.nodes((tuple(args), kwargs))
         frame = Frame(key)
+        has_gradient = torch.is_grad_enabled()
         self._frames.append(frame)
         try:
             result = forward(m, *args, **kwargs)
@@ -233,7 +242,11 @@ class _Recorder(TorchFunctionMode):
             return self._call_whole(m, path, forward, args, kwargs)
         self._frames[-1].opens = True
         self._calls[key] = ModuleCall(
-            path=path, args=given[0], kwargs=given[1], result=self._values.nodes(result)
+            path=path,
+            args=given[0],
+            kwargs=given[1],
+            result=self._values.nodes(result),
+            has_gradient=has_gradient,
         )
         return result
 
@@ -273,7 +286,8 @@ class _Recorder(TorchFunctionMode):
         if self._is_paused:
             self._asked_data = True
             return True if is_claimed else None
-        answer = True if is_claimed else claimed_answer(user_frame())
+        is_truth = isinstance(question, Boolean)
+        answer = True if is_claimed else claimed_answer(user_frame()) if is_truth else None
         if answer is None:
             self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
         else:
@@ -315,6 +329,8 @@ class _Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         if self._asked_data and isinstance(result, (bool, int, float)):
             return self._truth(func, args, result)
+        if self._has_structure_of_data(func, args, result):
+            self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
         if guess := self._guess:  # often of a fast path, or whether memory lies in order
             size = self._values.batch, self._batch_size
             try:
@@ -338,16 +354,37 @@ class _Recorder(TorchFunctionMode):
         node = values.node(kind, target, values.argument(tuple(args)), values.argument(kwargs))
         if is_write and node.all_input_nodes and node.all_input_nodes[0].op == "get_attr":
             self.report(f"writes {node.all_input_nodes[0].target!r} in place")
+        elif is_write and (written := self._plain_name(args[0])):
+            self.report(f"writes {written!r} in place")
         if func is Tensor.to and id(args[0]) in values.kept and is_alike(result, args[0]):
             return values.stand_for(args[0], node)  # `self.table = self.table.to(…)` may keep it
         return values.bind(result, node)
 
     def _is_recorded(self, result: Any) -> bool:
         """Whether a function made something new: a tensor, or a number from data."""
-        leaves = tree_leaves(result)
-        if any(isinstance(leaf, Tensor) for leaf in leaves):
+        found = tree_leaves(result)
+        if any(isinstance(leaf, Tensor) for leaf in found):
             return True
-        return any(map(self._values.is_new, leaves))
+        return any(map(self._values.is_new, found))
+
+    def _has_structure_of_data(self, func: Any, args: Any, result: Any) -> bool:
+        """Whether how many tensors `result` is, or how many dimensions it has, depends on data."""
+        single = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+        if self._asked_data and not isinstance(result, single):
+            return True
+        if not getattr(func, "__name__", "").startswith("squeeze"):
+            return False
+        dims = args[1:2] if args[1:2] and isinstance(args[1], int) else range(args[0].dim())
+        return any(data_symbols(args[0].shape[dim]) for dim in dims)
+
+    def _plain_name(self, value: Tensor) -> str:
+        """The name of the plain tensor whose memory `value` is a view of, or ""."""
+        with self._paused():
+            key = value.untyped_storage()._cdata
+            for name, plain in self._plain:
+                if self._fake.from_tensor(plain).untyped_storage()._cdata == key:
+                    return str(name)
+        return ""
 
     def _truth(self, func: Any, args: Any, example: bool | int | float) -> Any:
         """What `func` makes of data for Python's own use: `if mask.any():`, `float(x)`."""
@@ -377,8 +414,12 @@ class _Recorder(TorchFunctionMode):
     def _bind_detached(self, result: Any, given: Any, node: Node) -> Any:
         """Bind what a module gave under no_grad, from these arguments and parameters."""
         bound = self._values.bind(result, node)
-        leaves = tree_leaves(given)
-        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        if sum(isinstance(leaf, Tensor) for leaf in leaves(result)) > sum(
+            isinstance(leaf, Tensor) for leaf in tree_leaves(result)
+        ):
+            self.report("a module gives a dataclass under no_grad")
+        leaves_given = tree_leaves(given)
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves_given):
             return bound
         return tree_map_only(Tensor, self._cut_off, bound)
 

@@ -27,6 +27,7 @@ from scpl_compile.capture.on_data import random_input
 from scpl_compile.capture.quiet import quiet
 from scpl_compile.capture.record import Op, OpRecorder
 from scpl_compile.capture.state import host_random_state, preserved
+from scpl_compile.capture.values import plain_tensors
 from scpl_compile.errors import CaptureError
 from scpl_compile.ir import InputSpec
 from scpl_compile.runtime.randomness import seeded
@@ -123,6 +124,7 @@ class _Run:
         # A module that drops itself at random costs the same in every run.
         with preserved(self._model), seeded(0), torch.enable_grad():
             self._model.train()
+            self._know([tensor for _, tensor in plain_tensors(self._model)], "cache")
             self._know(list(self._model.buffers()), "buffer")
             self._know(list(self._model.parameters()), "parameter")
             with quiet(), self._fake or nullcontext(), self._recorder:

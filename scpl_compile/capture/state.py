@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from scpl_compile.capture.values import plain_tensors
+
 __all__ = ["ModelState", "RandomState", "host_random_state", "preserved"]
 
 
@@ -129,7 +131,9 @@ class _Attributes:
 
 @dataclass(slots=True)
 class ModelState:
-    """The state of `root` and everything in it at one moment; `values` holds buffer values."""
+    """The state of `root` and everything in it at one moment; `values` holds the values of buffers
+    and of tensors that are plain attributes.
+    """
 
     root: nn.Module
     values: dict[int, torch.Tensor]
@@ -138,12 +142,12 @@ class ModelState:
 
     def __post_init__(self) -> None:
         self.modules = [_Attributes.of(module) for module in self.root.modules()]
-        self.buffers = dict(self.root.named_buffers())
+        self.buffers = _tensors(self.root)
 
     @classmethod
     def of(cls, root: nn.Module) -> "ModelState":
-        """The state of `root` now, with copies of its buffers."""
-        return cls(root, {id(b): b.detach().clone() for b in root.buffers()})
+        """The state of `root` now, with copies of its buffers and plain tensors."""
+        return cls(root, {id(t): t.detach().clone() for t in _tensors(root).values()})
 
     def part(self, module: nn.Module) -> "ModelState":
         """The state now of one module of the tree, sharing the copies of the buffers."""
@@ -169,6 +173,10 @@ class ModelState:
             attributes.restore()
         for _, buffer, value in self._written():
             buffer.data.copy_(value)
+
+
+def _tensors(root: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(plain_tensors(root)) | dict(root.named_buffers())
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def names(bindings: Bindings) -> list[str]:
 
 
 def test_a_tensor_is_the_node_that_gave_it() -> None:
-    bindings, x = begun(Model())
+    model = Model()
+    bindings, x = begun(model)
     assert bindings.tensor(x).name == "x"
     assert bindings.argument([x, {"scale": 2.0}, slice(0, x)]) == [
         bindings.tensor(x), {"scale": 2.0}, slice(0, bindings.tensor(x))
@@ -52,7 +53,8 @@ def test_what_the_model_holds_is_read_by_name(name: str) -> None:
 
 
 def test_what_is_neither_is_refused() -> None:
-    bindings, _ = begun(Model())
+    model = Model()
+    bindings, _ = begun(model)
     with pytest.raises(Untraceable, match="neither parameter nor buffer"):
         bindings.argument(torch.rand(2))
     with pytest.raises(Untraceable, match="passes a Model on"):
@@ -60,7 +62,8 @@ def test_what_is_neither_is_refused() -> None:
 
 
 def test_a_tensor_that_is_given_back_gets_an_object_of_its_own() -> None:
-    bindings, x = begun(Model())
+    model = Model()
+    bindings, x = begun(model)
     node = bindings.node("call_method", "contiguous", (bindings.tensor(x),), {})
     again = bindings.bind(x, node)
     assert again is not x
@@ -68,7 +71,8 @@ def test_a_tensor_that_is_given_back_gets_an_object_of_its_own() -> None:
 
 
 def test_nothing_is_left_of_what_is_rolled_back() -> None:
-    bindings, x = begun(Model())
+    model = Model()
+    bindings, x = begun(model)
     before, mark = names(bindings), bindings.mark()
     y = x + 1
     bindings.bind(y, bindings.operation(torch.add, bindings.tensor(x), 1))

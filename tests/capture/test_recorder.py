@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import test_tracer as fx
-from capture_nets import Nested, floats, ids, node_of, same_result, targets
+from capture_nets import Nested, floats, ids, node_of, run, same_result, targets
 from scpl_compile.capture import Capture, Switch, capture
 from scpl_compile.errors import CaptureError
 
@@ -372,3 +372,24 @@ class LogsItself(nn.Module):
 def test_a_log_record_of_the_model_itself_is_no_reason_to_refuse_it(frontend: str) -> None:
     found = capture(LogsItself(), (floats(4),), frontend=frontend)
     assert found.opaque == ()
+
+
+class ChecksSelection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[x[:, 0] > 0]
+        if rows.shape[0] < 2:
+            raise ValueError("too few")
+        return self.linear(x) + rows.sum(0)
+
+
+def test_a_check_of_a_size_from_data_is_kept() -> None:
+    model = ChecksSelection()
+    captured = record(model)
+    assert node_of(captured, torch._assert).args[1].endswith("makes sure of does not hold")
+    same_result(model, [captured], torch.rand(3, 4) + 0.1)
+    with pytest.raises(AssertionError, match="test_recorder.py"):
+        run(captured, -torch.rand(3, 4))
