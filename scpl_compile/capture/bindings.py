@@ -8,6 +8,7 @@ import torch
 from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scpl_compile.capture.opening import LOOKS_AT_DATA, Frame, Untraceable
 from scpl_compile.capture.symbols import data_symbols, expression_nodes
@@ -21,13 +22,15 @@ from scpl_compile.capture.values import (
     plain_tensors,
 )
 
-__all__ = ["Bindings"]
+__all__ = ["WRITES_UNDER_NO_GRAD", "Bindings"]
+
+WRITES_UNDER_NO_GRAD = "writes a tensor with a gradient in place under no_grad"
 
 
 class Bindings:
     """The graph of a recording, and the node that stands for each tensor and symbolic number.
 
-    frames: the modules that are open now. alias: gives a tensor an object of its own.
+    frames: the modules that are open now. quietly: calls a function without recording it.
     size, device: the nodes that give the batch size and the inputs' device.
     kept, names: names of the buffers and of plain tensors, and of parameters too, by id.
     """
@@ -36,14 +39,17 @@ class Bindings:
     device: Node
 
     def __init__(
-        self, model: nn.Module, frames: list[Frame], alias: Callable[[Tensor], Tensor]
+        self,
+        model: nn.Module,
+        frames: list[Frame],
+        quietly: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     ) -> None:
         self.graph = Graph()
         self.kept = {id(value): name for name, value in plain_tensors(model)}
         self.kept |= {id(b): name for name, b in model.named_buffers()}
         self.names = self.kept | {id(p): name for name, p in model.named_parameters()}
         self._frames = frames
-        self._alias = alias
+        self._quietly = quietly
         # The node that gave a tensor, by the tensor's id; what has an id here stays alive, and
         # _bound remembers what each id stood for before, so that a rolled back module leaves none.
         self._node_of: dict[int, Node] = {}
@@ -97,7 +103,7 @@ class Bindings:
         if isinstance(value, Tensor):
             is_known = id(value) in self._node_of or id(value) in self.names
             if is_known and not writes_first_argument(node.target):
-                value = self._alias(value)
+                value = self._quietly(torch.ops.aten.alias.default, value)
             if symbols := data_symbols(value):
                 node.meta["varies"] = True
                 self._learn(value, symbols, node)
@@ -193,3 +199,40 @@ class Bindings:
             nodes = [self.nodes(item) for item in value]
             return nodes if isinstance(value, list) else tuple(nodes)
         return value
+
+    # --- no_grad
+
+    def without_gradient(self, args: Any, kwargs: Any, is_write: bool) -> tuple[Any, Any]:
+        """The arguments of a call under no_grad, cut off from the gradient.
+
+        Raises:
+            Untraceable: the call writes one that has a gradient.
+        """
+        if is_write and args[0].requires_grad:
+            raise Untraceable(WRITES_UNDER_NO_GRAD)
+
+        def detached(value: Tensor) -> Tensor:
+            return self._cut_off(value) if value.requires_grad else value
+
+        found: tuple[Any, Any] = tree_map_only(Tensor, detached, (args, kwargs))
+        return found
+
+    def bind_detached(self, result: Any, given: Any, node: Node) -> Any:
+        """Bind what a module gave under no_grad, from these arguments and parameters.
+
+        Raises:
+            Untraceable: it gave tensors in a dataclass.
+        """
+        bound = self.bind(result, node)
+        in_containers = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        if sum(isinstance(leaf, Tensor) for leaf in leaves(result)) > in_containers:
+            raise Untraceable("a module gives a dataclass under no_grad")
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
+            return bound
+        return tree_map_only(Tensor, self._cut_off, bound)
+
+    def _cut_off(self, value: Tensor) -> Tensor:
+        if not (value.is_floating_point() or value.is_complex()):
+            return value
+        node = self.node("call_method", "detach", (self.tensor(value),), {})
+        return self.stand_for(self._quietly(Tensor.detach, value), node)

@@ -34,10 +34,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from scpl_compile.capture.arguments import without_defaults
-from scpl_compile.capture.bindings import Bindings
+from scpl_compile.capture.bindings import WRITES_UNDER_NO_GRAD, Bindings
 from scpl_compile.capture.captured import ModuleCall
 from scpl_compile.capture.claims import claimed_answer
 from scpl_compile.capture.on_data import at_any_batch_size, run_on_data
@@ -65,7 +65,6 @@ from scpl_compile.capture.symbols import BatchSymbols, data_symbols
 from scpl_compile.capture.torch_calls import property_name, torch_call, writes_first_argument
 from scpl_compile.capture.values import (
     is_alike,
-    leaves,
     only_nodes,
     plain_fields,
     plain_tensors,
@@ -120,7 +119,7 @@ class _Recorder(TorchFunctionMode):
         self._opaque = opaque
         self._batch_size = batch_size
         self._frames = [Frame("")]
-        self._values = Bindings(model, self._frames, self._alias)
+        self._values = Bindings(model, self._frames, self._quietly)
         self._counts: Counter[str] = Counter()
         self._calls: dict[str, ModuleCall] = {}
         self._guess = ""
@@ -213,9 +212,9 @@ class _Recorder(TorchFunctionMode):
         node = self._values.node("call_module", path, *node_args)
         if not torch.is_grad_enabled():
             if versions != [t._version for t in tracked if t.requires_grad]:
-                self.report("writes a tensor with a gradient in place under no_grad")
+                self.report(WRITES_UNDER_NO_GRAD)
             inputs = (args, kwargs, list(m.parameters()))
-            return self._bind_detached(result, inputs, node)
+            return self._values.bind_detached(result, inputs, node)
         return self._values.bind(result, node)
 
     def _open(
@@ -342,7 +341,7 @@ class _Recorder(TorchFunctionMode):
         if not is_write and not self._is_recorded(result):
             return result  # a size, a dtype, …: a number, or an expression in the batch size
         if not torch.is_grad_enabled():
-            args, kwargs = self._without_gradient(args, kwargs, is_write)
+            args, kwargs = self._values.without_gradient(args, kwargs, is_write)
         name = property_name(func)
         if getattr(func, "__name__", "") == "__set__":
             self.report(f"assigns the attribute {name!r} of a tensor")
@@ -395,38 +394,6 @@ class _Recorder(TorchFunctionMode):
         self._check(self._values.argument(args[0]), answer)
         return answer
 
-    def _alias(self, value: Tensor) -> Tensor:
+    def _quietly(self, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
         with self._paused():
-            return torch.ops.aten.alias.default(value)  # type: ignore[no-any-return]
-
-    # --- no_grad
-
-    def _without_gradient(self, args: Any, kwargs: Any, is_write: bool) -> tuple[Any, Any]:
-        """The arguments of a call under no_grad, cut off from the gradient."""
-        if is_write and args[0].requires_grad:
-            self.report("writes a tensor with a gradient in place under no_grad")
-        detached: tuple[Any, Any] = tree_map_only(Tensor, self._detached, (args, kwargs))
-        return detached
-
-    def _detached(self, value: Tensor) -> Tensor:
-        return self._cut_off(value) if value.requires_grad else value
-
-    def _bind_detached(self, result: Any, given: Any, node: Node) -> Any:
-        """Bind what a module gave under no_grad, from these arguments and parameters."""
-        bound = self._values.bind(result, node)
-        if sum(isinstance(leaf, Tensor) for leaf in leaves(result)) > sum(
-            isinstance(leaf, Tensor) for leaf in tree_leaves(result)
-        ):
-            self.report("a module gives a dataclass under no_grad")
-        leaves_given = tree_leaves(given)
-        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves_given):
-            return bound
-        return tree_map_only(Tensor, self._cut_off, bound)
-
-    def _cut_off(self, value: Tensor) -> Tensor:
-        if not (value.is_floating_point() or value.is_complex()):
-            return value
-        node = self._values.node("call_method", "detach", (self._values.tensor(value),), {})
-        with self._paused():
-            value = value.detach()
-        return self._values.stand_for(value, node)
+            return function(value)

@@ -20,7 +20,7 @@ class Model(nn.Module):
 
 def begun(model: nn.Module) -> tuple[Bindings, Tensor]:
     """The bindings of a recording that has one input."""
-    bindings = Bindings(model, [Frame("")], lambda value: value.view_as(value))
+    bindings = Bindings(model, [Frame("")], lambda function, value: function(value))
     value = torch.rand(3, 2)
     bindings.bind(value, bindings.graph.placeholder("x"))
     bindings.finish_inputs()
