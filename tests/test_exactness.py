@@ -31,7 +31,8 @@ SMALL = CASES["small_net"]
 @cache
 def small(num_stages: int) -> tuple[Program, Batches, Outcome]:
     """The small net's program, its batches, and what `sequential` makes of them."""
-    program = SMALL.compile(num_stages)
+    places = {"split_at": SMALL_CUTS} if num_stages == len(SMALL_CUTS) + 1 else {}
+    program = SMALL.compile(num_stages, **places)
     batches = SMALL.batches(program, [SMALL.batch_size] * STEPS)
     return program, batches, run(program, batches, "sequential")
 
