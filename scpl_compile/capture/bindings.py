@@ -90,6 +90,7 @@ class Bindings:
         return not data_symbols(result) <= self._data.keys()
 
     def node(self, op: str, target: Any, args: Any, kwargs: Any) -> Node:
+        """A new node that knows the module calls around it."""
         node: Node = self.graph.create_node(op, target, args, kwargs)
         node.meta["scope"] = tuple(frame.key for frame in self._frames[1:])
         return node
@@ -117,6 +118,7 @@ class Bindings:
         return value
 
     def stand_for(self, value: Tensor, node: Node) -> Tensor:
+        """Let `node` stand for `value` itself, which is given back."""
         self._bound.append((value, self._node_of.get(id(value))))
         self._node_of[id(value)] = node
         return value
@@ -152,6 +154,7 @@ class Bindings:
         raise Untraceable(f"passes a {type(value).__name__} on")
 
     def expression(self, expression: Any) -> Any:
+        """The nodes that compute a sympy expression in the batch size and numbers from data."""
         return expression_nodes(expression, self._symbol, self.operation)
 
     def _symbol(self, symbol: Symbol) -> Node:
@@ -168,6 +171,7 @@ class Bindings:
         return node if dim is None else self.node("call_method", "size", (node, dim), {})
 
     def operation(self, function: Callable[..., Any], *args: Any) -> Node:
+        """A new node that calls `function`."""
         return self.node("call_function", function, args, {})
 
     @property
@@ -178,6 +182,11 @@ class Bindings:
         return size
 
     def tensor(self, value: Tensor) -> Node:
+        """The node that gives `value`.
+
+        Raises:
+            Untraceable: there is none, and the model does not hold it.
+        """
         if id(value) in self._node_of:
             return self._node_of[id(value)]
         if id(value) not in self.names:

@@ -328,7 +328,7 @@ class _Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         if self._asked_data and isinstance(result, (bool, int, float)):
             return self._truth(func, args, result)
-        if self._has_structure_of_data(func, args, result):
+        if self._has_structure_of_data(func, args, kwargs, result):
             self.report(f"{LOOKS_AT_DATA} at {here(user_frame())}")
         if guess := self._guess:  # often of a fast path, or whether memory lies in order
             size = self._values.batch, self._batch_size
@@ -366,15 +366,16 @@ class _Recorder(TorchFunctionMode):
             return True
         return any(map(self._values.is_new, found))
 
-    def _has_structure_of_data(self, func: Any, args: Any, result: Any) -> bool:
+    def _has_structure_of_data(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
         """Whether how many tensors `result` is, or how many dimensions it has, depends on data."""
         single = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
         if self._asked_data and not isinstance(result, single):
             return True
         if not getattr(func, "__name__", "").startswith("squeeze"):
             return False
-        dims = args[1:2] if args[1:2] and isinstance(args[1], int) else range(args[0].dim())
-        return any(data_symbols(args[0].shape[dim]) for dim in dims)
+        value, *dims = args or (kwargs["input"],)
+        asked: Any = dims if dims and isinstance(dims[0], int) else range(value.dim())
+        return any(data_symbols(value.shape[dim]) for dim in asked)
 
     def _plain_name(self, value: Tensor) -> str:
         """The name of the plain tensor whose memory `value` is a view of, or ""."""

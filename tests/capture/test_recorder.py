@@ -393,3 +393,16 @@ def test_a_check_of_a_size_from_data_is_kept() -> None:
     same_result(model, [captured], torch.rand(3, 4) + 0.1)
     with pytest.raises(AssertionError, match="test_recorder.py"):
         run(captured, -torch.rand(3, 4))
+
+
+def test_a_squeeze_by_name_is_recorded() -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.squeeze(input=self.linear(x).unsqueeze(1))
+
+    model = Squeezes()
+    same_result(model, [record(model)], torch.randn(3, 4))
