@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from scpl_compile.errors import ProgramError
 __all__ = [
     "complete",
     "latest",
+    "load_some",
     "load_stage",
     "load_tensors",
     "read_manifest",
@@ -113,6 +114,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         tensors[name] = tensors[original]
     return tensors, metadata
+
+
+def load_some(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of `names` in such a file, those that are there; the others are not read.
+
+    Raises:
+        ProgramError: the file is missing, torn, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
+            stored = set(file.keys())
+            places = {name: aliases.get(name, name) for name in names}
+            return {
+                name: file.get_tensor(place) for name, place in places.items() if place in stored
+            }
+    except FileNotFoundError:
+        raise ProgramError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ProgramError(f"{path} is damaged: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

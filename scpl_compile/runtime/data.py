@@ -37,6 +37,15 @@ class Batch:
     labels: Tensor
     views: int
 
+    def share(self, index: int, count: int) -> "Batch":
+        """The part of replica `index` of `count`; all have the same size, a rest is left out."""
+        size = len(self.labels) // count
+        rows = slice(index * size, (index + 1) * size)
+        inputs = tuple(
+            values.unflatten(0, (self.views, -1))[:, rows].flatten(0, 1) for values in self.inputs
+        )
+        return Batch(inputs=inputs, labels=self.labels[rows], views=self.views)
+
 
 class Loader:
     """Batches of `splits`, fitted to the model's inputs.
@@ -44,6 +53,8 @@ class Loader:
     inputs, num_classes: of the model. augment: "none", "basic" or "strong" (two views), of
     training batches only. seed: of the order and the augmentation. The last batch of an epoch is
     smaller where the batch size does not divide it, unless `drop_last`.
+    share: (replica, number of replicas), of training batches. reads: whether the inputs are
+    needed; else they are tensors on the meta device, which have shapes alone.
 
     Train and validation are checked here, test when it is first asked for.
 
@@ -62,6 +73,8 @@ class Loader:
         augment: str = "none",
         seed: int = 0,
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
+        reads: bool = True,
     ) -> None:
         self.splits = splits
         self.batch_size = batch_size
@@ -70,6 +83,8 @@ class Loader:
         self._inputs = inputs
         self._num_classes = num_classes
         self._views = num_views(augment)
+        self._share = share
+        self._reads = reads
         self._fit = self._fit_images()
         for part in ("train", "validation"):
             self._checked_split(part)
@@ -124,7 +139,8 @@ class Loader:
         start = index * self.batch_size
         rows = self._order(epoch)[start : start + self.batch_size]
         seed = spread_seed(self.seed, _BATCH, epoch, index)
-        return self._make(self.splits.train, rows, torch.Generator().manual_seed(seed))
+        made = self._make(self.splits.train, rows, torch.Generator().manual_seed(seed))
+        return made if self._share[1] == 1 else made.share(*self._share)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from `start` on, made ahead in a background thread."""
@@ -160,6 +176,10 @@ class Loader:
 
     def _make(self, split: Split, rows: Tensor, generator: torch.Generator | None) -> Batch:
         labels = split.labels[rows]
+        if not self._reads:
+            views = self._views if generator is not None else 1
+            inputs = tuple(_shape_only(spec, views * len(rows)) for spec in self._inputs)
+            return Batch(inputs=inputs, labels=labels, views=views)
         if self._fit is None:
             pairs = zip(split.inputs, self._inputs, strict=True)
             inputs = tuple(values[rows].to(getattr(torch, spec.dtype)) for values, spec in pairs)
@@ -171,3 +191,8 @@ class Loader:
         return Batch(
             inputs=(self._fit.finish(images),), labels=labels, views=len(images) // len(rows)
         )
+
+
+def _shape_only(spec: InputSpec, num_samples: int) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return torch.empty(num_samples, *spec.shape, dtype=dtype, device="meta")

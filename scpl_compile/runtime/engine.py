@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from scpl_compile.runtime.board import Board, Message, Stopped
 from scpl_compile.runtime.lane import caller_mark
 from scpl_compile.runtime.stage_step import StageStep
 
-__all__ = ["Engine", "Event", "StageState"]
+__all__ = ["Engine", "Event", "StageEngine", "StageState"]
 
 StageState = tuple[dict[str, Tensor], dict[str, Any]]
 """What StageStep.state gives."""
@@ -40,6 +40,28 @@ class Event:
     action: Action
     start_ns: int
     end_ns: int
+
+
+class StageEngine(Protocol):
+    """What a trainer and a saver need of an engine; see Engine for what each does."""
+
+    num_steps: int
+    events: list[Event]
+
+    def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
+        """Give the batch of the next step."""
+
+    def drain(self) -> None:
+        """Wait until every stage has finished every submitted step."""
+
+    def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
+        """Call `deliver(stage, state)` with each own stage's state after the last step."""
+
+    def check(self) -> None:
+        """Raises TrainingError if a stage has failed or the engine is closed."""
+
+    def close(self) -> None:
+        """Stop; steps that were not drained are lost."""
 
 
 class Engine:

@@ -43,6 +43,11 @@ class Tally:
             self._losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
         self._num_samples += len(labels)
 
+    @property
+    def sums(self) -> tuple[float, float, float]:
+        """Samples, and of the first exit how many are right and the sum of the cross entropies."""
+        return float(self._num_samples), sum(self._correct[:1]), sum(self._losses[:1])
+
     def result(self) -> Evaluation:
         """What was added. Raises DataError where that is nothing."""
         count = self._num_samples

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError, SourceError
 from scpl_compile.ir import Plan, Scalar, from_json, to_json
-from scpl_compile.runtime.checkpoint import load_tensors, save_tensors
+from scpl_compile.runtime.checkpoint import load_some, load_tensors, save_tensors
 from scpl_compile.runtime.loading import load_module
+from scpl_compile.runtime.own_stage import build_without_memory
+from scpl_compile.runtime.rank_trainer import RankTrainer
+from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.trainer import StageClass, Trainer
 from scpl_compile.version import __version__
 
@@ -155,14 +158,18 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
         ProgramError: the file is missing or damaged, or the model has other names, shapes or
             dtypes.
     """
-    if not path.is_file():
-        raise ProgramError(f"{path} is missing; {_REMEDY}")
-    if _sha256(path) != sha256:
-        raise ProgramError(f"{path} is damaged (sha256); {_REMEDY}")
+    _check_weights(path, sha256)
     own = all_tensors(model)
     with torch.no_grad():
         for name, value in _fitting_tensors(path, own).items():
             own[name].copy_(value)
+
+
+def _check_weights(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ProgramError(f"{path} is missing; {_REMEDY}")
+    if _sha256(path) != sha256:
+        raise ProgramError(f"{path} is damaged (sha256); {_REMEDY}")
 
 
 def _fitting_tensors(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,6 +226,7 @@ def assemble(
     model: nn.Module | None = None,
     inplace: bool = False,
     weights: Path | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Trainer:
     """The trainer of the program in `directory`.
@@ -226,6 +234,7 @@ def assemble(
     model: train a copy of this object (itself with `inplace`) instead of what build_model() and
     weights.safetensors give.
     weights: a safetensors file with the original model's names to start from.
+    ranks: this process runs one stage, the others run elsewhere (`ranks.join`).
     options: those of Trainer.
 
     Raises:
@@ -233,6 +242,13 @@ def assemble(
     """
     plan = read_plan(directory)
     found = read_verification(directory, plan)
+    options.setdefault("random_stages", found.random_stages)
+    options.setdefault("recompute_stages", found.recompute_stages)
+    if ranks is not None:
+        path = directory / "weights.safetensors"
+        _check_weights(path, found.weights_sha256)
+        files = [path] if weights is None else [weights, path]
+        return _assemble_rank(plan, build_model, stages, files, ranks, options)
     if model is None:
         model = build_model()
         load_weights(model, directory / "weights.safetensors", found.weights_sha256)
@@ -240,9 +256,30 @@ def assemble(
         model = copy.deepcopy(model)
     if weights is not None:
         load_state(model, weights)
-    options.setdefault("random_stages", found.random_stages)
-    options.setdefault("recompute_stages", found.recompute_stages)
     return Trainer(plan, model, stages, **options)
+
+
+def _assemble_rank(
+    plan: Plan,
+    build_model: Callable[[], nn.Module],
+    stages: Sequence[StageClass],
+    files: Sequence[Path],
+    ranks: Ranks,
+    options: Mapping[str, Any],
+) -> RankTrainer:
+    """The trainer of this rank's stage. files: of weights, the first one that has a name counts."""
+    model = build_without_memory(build_model)
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        missing = list(names)
+        values: dict[str, Tensor] = {}
+        for path in files:
+            values |= load_some(path, missing)
+            missing = [name for name in missing if name not in values]
+        return values
+
+    names = {id(tensor): name for name, tensor in all_tensors(model).items()}
+    return RankTrainer(plan, model, stages, ranks=ranks, names=names, read=read, **options)
 
 
 def load_state(model: nn.Module, path: Path) -> None:

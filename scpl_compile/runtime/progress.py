@@ -1,5 +1,6 @@
 """What a person sees on stderr while a program trains: a bar, each stage's loss, the rate."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -8,8 +9,9 @@ __all__ = ["Progress", "say"]
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr; of several ranks, which all would say it, the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from scpl_compile.errors import ScplError, TrainingError
+from scpl_compile.errors import DataError, ScplError, TrainingError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.data import Batch, Loader
 from scpl_compile.runtime.datasets import open_splits
@@ -24,7 +24,8 @@ from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.options import Options
 from scpl_compile.runtime.program import missing_module, read_plan
 from scpl_compile.runtime.progress import Progress, say
-from scpl_compile.runtime.run_directory import RunDirectory
+from scpl_compile.runtime.ranks import Ranks, join, leads, wants_ranks
+from scpl_compile.runtime.run_directory import Follower, RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.trainer import Trainer
@@ -64,14 +65,30 @@ def versions() -> dict[str, str]:
 
 
 def open_loader(
-    plan: Plan, data: str, *, batch_size: int, augment: str = "none", seed: int = 0
+    plan: Plan,
+    data: str,
+    *,
+    batch_size: int,
+    augment: str = "none",
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Loader:
     """The data set `data`, fitted to the plan's inputs.
 
-    A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair.
+    A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair. On
+    ranks every replica takes its share of each batch, and only the first stage reads inputs.
+
+    Raises:
+        DataError: it does not fit; a batch too small for the replicas.
     """
     splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
     num_samples = len(splits.train)
+    replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)
+    if batch_size < 2 * num_replicas:
+        raise DataError(
+            f"a batch of {batch_size} for {num_replicas} replicas leaves one of them less than 2 "
+            f"samples; give --batch-size {2 * num_replicas} or more"
+        )
     loader = Loader(
         splits,
         inputs=plan.inputs,
@@ -79,7 +96,9 @@ def open_loader(
         batch_size=batch_size,
         augment=augment,
         seed=seed,
-        drop_last=num_samples > batch_size and num_samples % batch_size == 1,
+        drop_last=num_samples > batch_size and num_samples % batch_size < 2 * num_replicas,
+        share=(replica, num_replicas),
+        reads=ranks is None or ranks.stage == 0,
     )
     if loader.fit_notice:
         say(loader.fit_notice)
@@ -105,6 +124,7 @@ class Run:
         self.plan = read_plan(directory)
         self.options = options
         self.directory = directory / options.run_dir
+        self._ranks = self._join() if wants_ranks(options.engine) else None
         self.trainer: Trainer | None = None
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -117,26 +137,67 @@ class Run:
         self._metrics = threading.RLock()  # the writer of checkpoints logs too
         self._validated: set[int] = set()
         self._validation: float | None = None
-        self._lock = RunLock(self.directory)
+        self._lock: RunLock | None = None
         try:
-            self._files = RunDirectory(self.directory, self.plan.digest, options)
-        except BaseException:
-            self._lock.release()
+            self._files = self._open_files()
+        except Exception as error:
+            self._end(error)
             raise
+
+    def _join(self) -> Ranks:
+        """Meet the other ranks, which must have been started alike."""
+        names = split_devices(self.options.devices, 10**6) if self.options.devices != "auto" else ()
+        ranks = join(self.plan.num_stages, names or ("auto",), self.plan.digest)
+        try:
+            options = {f"--{name.replace('_', '-')}": v for name, v in vars(self.options).items()}
+            ranks.agree(options, "start every rank with the same options")
+        except ScplError as error:
+            ranks.fail(error)
+            raise SystemExit(1) from None
+        return ranks
+
+    def _open_files(self) -> RunDirectory | Follower:
+        if self._ranks is not None and self._ranks.rank != 0:
+            return Follower(**self._ranks.wait_for("run"))
+        self._lock = RunLock(self.directory)
+        files = RunDirectory(self.directory, self.plan.digest, self.options)
+        if self._ranks is not None:
+            begun = None if files.resume_from is None else str(files.resume_from)
+            self._ranks.post("run", {"resume_from": begun, "result": files.result})
+        return files
 
     def __enter__(self) -> Self:
         if self._files.result is not None:
             say(f"{self.directory} is finished; --force starts again")
             self._tell(self._files.result)
-            self._lock.release()
+            self._end()
             raise SystemExit(0)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self._stack.close()
+            if error is None or self._ranks is None:
+                self._stack.close()
         finally:
+            self._end(error)
+
+    def _end(self, error: BaseException | None = None) -> None:
+        """Let go of the run directory and of the other ranks, which end too if there is an error.
+
+        Raises:
+            SystemExit: on ranks rank 0 has told the error, and that is all there is to say.
+        """
+        if self._lock is not None:
             self._lock.release()
+        if self._ranks is None:
+            return
+        if isinstance(error, Exception):
+            if not isinstance(error, ScplError):
+                traceback.print_exception(error)
+            self._ranks.fail(error)
+            raise SystemExit(1) from None
+        if error is None:
+            self._ranks.leave()
 
     # ------------------------------------------------------------------ before the loop
 
@@ -149,9 +210,14 @@ class Run:
             batch_size=options.batch_size,
             augment=options.augment,
             seed=options.seed,
+            ranks=self._ranks,
         )
-        if len(loader.splits.train) > loader.num_batches * options.batch_size:
-            say(f"{options.data}: the last batch of every epoch has one sample and is left out")
+        rest = len(loader.splits.train) - loader.num_batches * options.batch_size
+        if rest > 0:
+            say(
+                f"{options.data}: the last batch of every epoch ({rest} of {options.batch_size} "
+                "samples) is too small and left out"
+            )
         self._total_steps = options.steps or options.epochs * loader.num_batches
         return loader
 
@@ -167,6 +233,7 @@ class Run:
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
+            ranks=self._ranks,
         )
         self._stack.callback(trainer.close)
         self.trainer = trainer
@@ -179,8 +246,12 @@ class Run:
                 self._recent[row["stage"]].append(row["losses"])
             else:
                 self._validated.add(row["step"])
+        if self._ranks is not None:  # all take part in a validation
+            self._validated = set(self._ranks.from_leader("validated", list(self._validated)))
         self._first_step = trainer.num_steps
-        self._progress = self._stack.enter_context(Progress(self._total_steps, trainer.num_steps))
+        if leads():
+            bar = Progress(self._total_steps, trainer.num_steps)
+            self._progress = self._stack.enter_context(bar)
         self._start = time.perf_counter()
         return trainer
 
@@ -281,6 +352,8 @@ class Run:
             "seconds": seconds,
             "steps": trainer.num_steps,
             "schedule": trainer.schedule,
+            "engine": "threads" if self._ranks is None else "ranks",
+            "replicas": 1 if self._ranks is None else self._ranks.num_replicas,
             "devices": [str(device) for device in trainer.devices],
             "threads_per_stage": trainer.threads_per_stage,
             "versions": versions(),
@@ -295,7 +368,7 @@ class Run:
             f"{100 * result['accuracy']:.2f} % on the test split after {result['steps']} steps, "
             f"{f'{rate:.0f} samples/s; ' if rate is not None else ''}weights in {self._files.final}"
         )
-        if self.options.json:
+        if self.options.json and leads():
             print(json.dumps(result), flush=True)
 
 

@@ -23,7 +23,7 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.options import Options
 
-__all__ = ["RunDirectory", "trained_steps"]
+__all__ = ["Follower", "RunDirectory", "trained_steps"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "lr", "lr_schedule",
              "seed", "threads_per_stage")  # fmt: skip
@@ -144,6 +144,30 @@ class RunDirectory:
         """Write result.json: the run is finished."""
         with self._writing():
             self._write_object("result.json", result)
+
+
+class Follower:
+    """What a rank other than rank 0 knows of the run directory; it writes nothing there but its
+    stage's files of a checkpoint. The calls are those of RunDirectory.
+    """
+
+    def __init__(self, resume_from: str | None, result: dict[str, Any] | None) -> None:
+        self.resume_from = None if resume_from is None else Path(resume_from)
+        self.result = result
+        self.final = Path()
+
+    def begin(self, num_steps: int, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+        """No rows."""
+        return []
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def save_final(self, state: Mapping[str, Tensor], num_steps: int) -> None:
+        """Nothing."""
+
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def trained_steps(weights: Path, plan_digest: str) -> int | None:

@@ -9,17 +9,25 @@ from typing import Any
 
 from scpl_compile.errors import TrainingError
 from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime.engine import Engine, StageState
+from scpl_compile.runtime.engine import StageEngine, StageState
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Saver"]
 
 
 class Saver:
-    """Writes one checkpoint at a time; the next one waits for it."""
+    """Writes one checkpoint at a time; the next one waits for it.
 
-    def __init__(self, stages: Sequence[StageStep]) -> None:
-        self._stages = stages
+    stages: those of this process. num_stages: of the plan. is_ready: called in the writer's thread
+    when the files of `stages` are written; whether this process is to complete the checkpoint.
+    """
+
+    def __init__(
+        self, stages: Sequence[StageStep], num_stages: int, is_ready: Callable[[], bool]
+    ) -> None:
+        self._stages = {stage.index: stage for stage in stages}
+        self._num_stages = num_stages
+        self._is_ready = is_ready
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
 
@@ -30,7 +38,7 @@ class Saver:
 
     def save(
         self,
-        engine: Engine,
+        engine: StageEngine,
         run: Path,
         facts: Mapping[str, Any],
         before_complete: Callable[[], None] | None,
@@ -54,9 +62,10 @@ class Saver:
                 for stage, (tensors, values) in states.items():
                     self._stages[stage].check_finite(tensors)
                     checkpoint.save_stage(directory, stage, tensors, values)
-                if before_complete is not None:
-                    before_complete()
-                checkpoint.complete(directory, facts, len(self._stages))
+                if self._is_ready():
+                    if before_complete is not None:
+                        before_complete()
+                    checkpoint.complete(directory, facts, self._num_stages)
                 written.set_result(None)
             except BaseException as error:
                 written.set_exception(error)
@@ -69,7 +78,7 @@ class Saver:
 
         engine.snapshot(deliver)
 
-    def join(self, engine: Engine) -> None:
+    def join(self, engine: StageEngine) -> None:
         """Wait until the last checkpoint is complete.
 
         Raises:

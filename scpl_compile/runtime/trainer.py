@@ -19,7 +19,7 @@ from scpl_compile.runtime.batch import (
     check_trainable,
     named_inputs,
 )
-from scpl_compile.runtime.engine import Engine, Event
+from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.optim import learning_rate, make_optimizer
@@ -92,14 +92,14 @@ class Trainer:
         self.seed = seed
         self.schedule = self._check_schedule(schedule or plan.schedule)
         self.threads_per_stage = threads_per_stage or plan.threads_per_stage
-        self.devices = resolve_devices(tuple(devices or plan.placement), plan.num_stages)
+        self.devices = self._resolve_devices(tuple(devices or plan.placement))
         everyone = range(plan.num_stages)
         draws = set(everyone if random_stages is None else random_stages)
         recomputes = set(everyone if recompute_stages is None else recompute_stages)
         rate = learning_rate(lr, lr_schedule, total_steps)
         start_training(model)
-        lanes = [Lane(device) for device in self.devices]
-        modules = [self._take(k, make, lanes[k]) for k, make in enumerate(stages)]
+        lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
+        modules = {k: self._take(k, stages[k], lane) for k, lane in lanes.items()}
         chosen = optimizer_options or {}
         self._stages = tuple(
             StageStep(
@@ -115,22 +115,47 @@ class Trainer:
                 draws=k in draws,
                 recomputes=k in recomputes,
             )
-            for k, module in enumerate(modules)
+            for k, module in modules.items()
         )
-        self._engine_options: dict[str, Any] = {
-            "schedule": self.schedule,
-            "threads_per_stage": self.threads_per_stage,
-            "depth": queue_depth,
-            "record_events": record_events,
-        }
-        self._engine = Engine(self._stages, **self._engine_options, actions=actions)
-        self._saver = Saver(self._stages)
+        self._queue_depth = queue_depth
+        self._record_events = record_events
+        self._engine = self._start_engine(0, actions)
+        self._saver = Saver(self._stages, plan.num_stages, self._is_saved)
         self._has_warned = False
 
+    def _resolve_devices(self, names: tuple[str, ...]) -> tuple[torch.device, ...]:
+        """The device of every stage."""
+        return resolve_devices(names, self.plan.num_stages)
+
+    def _own_stages(self) -> Sequence[int]:
+        """The stages that this process runs."""
+        return range(self.plan.num_stages)
+
+    def _start_engine(
+        self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
+    ) -> StageEngine:
+        return Engine(
+            self._stages,
+            schedule=self.schedule,
+            threads_per_stage=self.threads_per_stage,
+            first_step=first_step,
+            depth=self._queue_depth,
+            record_events=self._record_events,
+            actions=actions,
+        )
+
+    def _is_saved(self) -> bool:
+        """Whether, now that the own stages' files are written, this process completes the set."""
+        return True
+
     def _take(self, stage: int, make: StageClass, lane: Lane) -> nn.Module:
-        """The stage's module, with heads that depend on the seed alone, on its device."""
+        """The stage's module on its device."""
+        return self._make(stage, make).to(lane.device)
+
+    def _make(self, stage: int, make: StageClass) -> nn.Module:
+        """The stage's module, with heads that depend on the seed alone."""
         with seeded(spread_seed(self.seed, _HEADS, stage)):
-            return make(self.model).to(lane.device)
+            return make(self.model)
 
     def _check_schedule(self, schedule: str) -> str:
         allowed = allowed_schedules(self.plan)
@@ -227,11 +252,17 @@ class Trainer:
                 outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
                 values |= dict(zip(spec.outputs, outputs, strict=True))
             else:
-                loss = next(loss for loss in spec.losses if loss.kind == "local")
-                names = (*loss.reads, loss.mask) if loss.mask else loss.reads
-                exits.append(stage.module.exit(*(values[name] for name in names)))  # type: ignore[operator]
+                exits.append(self._local_exit(stage, values))
         exits.append(values[self.plan.outputs[0]])
         return exits
+
+    def _local_exit(self, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
+        """The logits of a stage's local classifier."""
+        losses = self.plan.stages[stage.index].losses
+        loss = next(loss for loss in losses if loss.kind == "local")
+        names = (*loss.reads, loss.mask) if loss.mask else loss.reads
+        logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
+        return logits
 
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
         """Accuracy and cross entropy over `batches`, each with .inputs and .labels, or a pair.
@@ -309,9 +340,7 @@ class Trainer:
         self._engine.close()
         for stage in self._stages:
             stage.load_state(*checkpoint.load_stage(directory, stage.index))
-        self._engine = Engine(
-            self._stages, **self._engine_options, first_step=int(manifest["step"])
-        )
+        self._engine = self._start_engine(int(manifest["step"]))
 
     def close(self) -> None:
         """Stop the workers. Submitted steps that are not finished are lost; drain() first.

@@ -1,0 +1,213 @@
+"""The engine of one rank: one stage, in this process's main thread, between its neighbours.
+
+::
+
+    rank 0   step ─▶ F0 SEND0 B0 U0   F1 SEND1 B1 U1 …
+                         │                │
+    rank 1               └─▶ RECV0 ─▶ F0 SEND0 B0 U0 …      torch.distributed moves the bytes
+
+Every rank calls `submit` for every batch. A stage that receives runs one batch behind: submit(t)
+first posts the receive of batch t, whose shapes it knows by now, and then runs batch t - 1, so that
+what the stage before has sent travels while this one computes. `drain` runs the last one.
+
+The lists of actions and their gates are those of actions.py, as in the engine of one process.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scpl_compile.actions import Action, gates, step_kinds
+from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.engine import Event, StageState
+from scpl_compile.runtime.ranks import Ranks
+from scpl_compile.runtime.stage_step import StageStep
+from scpl_compile.runtime.wire import Inbox, Key, Outbox
+
+__all__ = ["LABELS", "RankEngine"]
+
+LABELS = "labels "
+"""The labels' name in a message; no name of a tensor of a model ends in a space."""
+_TOKENS = 16
+"""Tags from here on are of the tokens that open gates: that of step t is 16 + t."""
+
+
+class RankEngine:
+    """Runs the stage of this rank.
+
+    Args:
+        stage: of this rank.
+        ranks: this rank's place.
+        schedule, first_step, record_events: as of engine.Engine.
+        crossings: for the cut before and the one after this stage, the names of what may cross.
+    """
+
+    def __init__(
+        self,
+        stage: StageStep,
+        ranks: Ranks,
+        *,
+        schedule: str,
+        crossings: tuple[tuple[str, ...], tuple[str, ...]],
+        first_step: int = 0,
+        record_events: bool = False,
+    ) -> None:
+        self.stage = stage
+        self.num_steps = first_step
+        self.events: list[Event] = []
+        self._ranks = ranks
+        self._schedule = schedule
+        self._first_step = first_step
+        self._records = record_events
+        self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
+        self._tokens: list[dist.Work | None] = []
+        before, after = crossings
+        device, k = stage.lane.device, stage.index
+        is_first, is_last = k == 0, k == ranks.num_stages - 1
+        gradients = schedule == "bp"
+        with self.telling_failures():
+            self.inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
+            self.outbox = None if is_last else Outbox(ranks.rank_of(k + 1), after, device)
+            self._gradients_in = (
+                Inbox(ranks.rank_of(k + 1), after, device) if gradients and not is_last else None
+            )
+            self._gradients_out = (
+                Outbox(ranks.rank_of(k - 1), before, device) if gradients and not is_first else None
+            )
+
+    def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
+        """The next step's batch: used by stage 0; of the others' only the shapes are looked at.
+
+        Raises:
+            TrainingError: another rank does not answer, or what crosses changes its shape.
+        """
+        step, key = self.num_steps, batch_key(values, labels)
+        self.num_steps += 1
+        if self.inbox is None:
+            self._run(step, values, labels, key)
+            return
+        if not self.inbox.knows(key):
+            self.finish()  # to wait for a header while a batch waits here could be for ever
+        with self.telling_failures():
+            self.inbox.post(key)
+        self.finish()
+        self._pending = (step, values, labels, key)
+
+    def finish(self) -> None:
+        """Run the batch that waits; the other ranks may still be at work."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._run(*pending)
+
+    def drain(self) -> None:
+        """Run what waits here, then wait until every rank has finished what was submitted."""
+        self.finish()
+        self.stage.lane.synchronize()
+        with self.telling_failures():
+            self._ranks.barrier()
+
+    def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
+        """Call `deliver(stage, state)` with this stage's state after the last submitted step."""
+        self.finish()
+        deliver(self.stage.index, self.stage.state())
+
+    def check(self) -> None:
+        """Nothing: what fails here, fails in this thread."""
+
+    def close(self) -> None:
+        """Nothing runs between two calls; what was submitted and not drained is lost."""
+        self._pending = None
+
+    # ------------------------------------------------------------------ one step
+
+    def _run(self, step: int, values: dict[str, Tensor], labels: Tensor, key: Key) -> None:
+        stage = self.stage
+        with stage.lane.scope():
+            for kind in step_kinds(self._schedule, stage.index, self._ranks.num_stages):
+                start = time.perf_counter_ns()
+                with self.telling_failures():
+                    self._execute(kind, step, values, labels, key)
+                if self._records:
+                    action = Action(stage.index, kind, step)
+                    self.events.append(Event(action, start, time.perf_counter_ns()))
+
+    def _execute(
+        self, kind: str, step: int, values: dict[str, Tensor], labels: Tensor, key: Key
+    ) -> None:
+        stage = self.stage
+        match kind:
+            case "RECV":
+                if self.inbox is not None:
+                    values = self.inbox.take()
+                    labels = values.pop(LABELS)
+                stage.receive(step, values, labels, None)
+            case "F":
+                self._pass_gates(step)
+                stage.forward(step)
+            case "SEND":
+                assert self.outbox is not None
+                sent, labels, _ = stage.outgoing(step)
+                self.outbox.send(key, {**sent, LABELS: labels})
+            case "RECV_B":
+                assert self._gradients_in is not None
+                self._gradients_in.post(key)
+                stage.take_gradients(step, self._gradients_in.take(), None)
+            case "B":
+                stage.backward(step)
+            case "SEND_B":
+                assert self._gradients_out is not None
+                gradients, _ = stage.input_gradients(step)
+                self._gradients_out.send(key, gradients)
+            case "U":
+                stage.update(step)
+                self._open_gates(step)
+
+    def _pass_gates(self, step: int) -> None:
+        """Wait for the updates of other ranks that F(step) comes after."""
+        for gate in self._gates(self.stage.index, step):
+            if gate.stage != self.stage.index and gate.step >= self._first_step:
+                source, tag = self._ranks.rank_of(gate.stage), _TOKENS + gate.step
+                dist.recv(torch.empty(1, dtype=torch.int64), source, tag=tag)
+
+    def _open_gates(self, step: int) -> None:
+        """Tell every rank whose F waits for this update; the messages are one number."""
+        mine = Action(self.stage.index, "U", step)
+        for other in range(self._ranks.num_stages):
+            if other != mine.stage and any(
+                mine in self._gates(other, later) for later in (step, step + 1)
+            ):
+                token = torch.tensor([step])
+                to = self._ranks.rank_of(other)
+                self._tokens = [work for work in self._tokens if work and not work.is_completed()]
+                self._tokens.append(dist.isend(token, to, tag=_TOKENS + step))
+
+    def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
+        return gates(self._schedule, Action(stage, "F", step), self._ranks.num_stages)
+
+    @contextmanager
+    def telling_failures(self) -> Iterator[None]:
+        """torch.distributed's errors as ours, with who was waiting."""
+        try:
+            yield
+        except dist.DistError as error:
+            raise self._lost(error) from error
+        except RuntimeError as error:
+            if "gloo" not in str(error).lower():
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> TrainingError:
+        reason = str(error).strip().splitlines()[0]
+        return TrainingError(
+            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: {reason}; "
+            "see the first error of the other ranks, and that the link is up"
+        )
+
+
+def batch_key(values: dict[str, Tensor], labels: Tensor) -> Key:
+    """What the shapes of all that crosses follow from; the same on every rank."""
+    return (*(tuple(value.shape) for value in values.values()), tuple(labels.shape))
