@@ -1,6 +1,6 @@
 """What a stage trains on: a contrastive term and a local classifier over one trunk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.heads import Projection, Trunk
 from scpl_compile.runtime.loss_options import LossOptions
 
-__all__ = ["LocalLoss", "cross_entropy"]
+__all__ = ["Gather", "LocalLoss", "cross_entropy"]
+
+Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(features, labels) of one replica to those of all."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -32,7 +35,8 @@ class LocalLoss(nn.Module):
     A term of weight 0 is not built: contrast alone is SCPL as released, cross entropy alone is
     the local classifier of Early Exit. Parameters are drawn from torch's default generator.
 
-    in_shapes, batch_dims: see `heads.Trunk`. options: see `LossOptions`.
+    in_shapes, batch_dims: see `heads.Trunk`. options: see `LossOptions`. gather: set it to contrast
+    the features of all replicas.
 
     Example::
 
@@ -56,6 +60,7 @@ class LocalLoss(nn.Module):
         super().__init__()
         spec = LossOptions.from_options(options).resolve(in_shapes)
         self.options = spec
+        self.gather: Gather | None = None
         self._reads_tokens = any(len(shape) == 2 for shape in in_shapes)
         self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
         width, hidden = self.trunk.out_features, spec.hidden
@@ -79,9 +84,12 @@ class LocalLoss(nn.Module):
         options = self.options
         terms = {}
         if self.projection is not None:
+            anchors, classes = self.projection(pooled), labels
+            if self.gather is not None:
+                anchors, classes = self.gather(anchors, classes)
             terms["contrast"] = options.contrast * supcon_loss(
-                self.projection(pooled),
-                labels,
+                anchors,
+                classes,
                 temperature=options.temperature,
                 divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked both
                 impl=None if options.impl == "auto" else options.impl,  # type: ignore[arg-type]

@@ -17,8 +17,10 @@ from scpl_compile.runtime.engine import StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
+from scpl_compile.runtime.randomness import StageRandom, spread_seed
 from scpl_compile.runtime.rank_engine import LABELS, RankEngine, batch_key
 from scpl_compile.runtime.ranks import Ranks
+from scpl_compile.runtime.replicas import averaged, contrast_globally
 from scpl_compile.runtime.stage import as_tuple, evaluating
 from scpl_compile.runtime.trainer import StageClass, Trainer
 
@@ -35,8 +37,9 @@ class RankTrainer(Trainer):
 
     Args:
         ranks: this rank's place.
-        names, values: of the model's tensors, as own_stage.keep_stage takes them.
-        others: those of Trainer; devices are of the whole row, for the log.
+        names: of the model's parameters and buffers, by id. read: their first values by name.
+        contrast: "local", over the replica's own share of the batch, or "global", over all.
+        options: those of Trainer; devices are told by `ranks`.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class RankTrainer(Trainer):
         ranks: Ranks,
         names: Mapping[int, str],
         read: Callable[[Iterable[str]], dict[str, Tensor]],
+        contrast: str = "local",
         **options: Any,
     ) -> None:
         self._ranks = ranks
         self._names = names
         self._read = read
+        self._contrast = contrast
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._num_sent = 0
         self._num_received = [0] * plan.num_stages
@@ -78,7 +83,19 @@ class RankTrainer(Trainer):
         tensors = (*module.parameters(), *module.buffers())
         own = [self._names[id(tensor)] for tensor in tensors if id(tensor) in self._names]
         keep_stage(self.model, module, self._names, self._read(own))
+        contrast_globally(module, self._contrast, self._ranks.replica_group)
         return module.to(lane.device)
+
+    def _stage_seed(self, stage: int) -> int:
+        """Every replica draws its own masks; the first those of a run without replicas."""
+        seed, replica = super()._stage_seed(stage), self._ranks.replica
+        return spread_seed(seed, replica) if replica else seed
+
+    def _training_step(self, module: nn.Module) -> Callable[..., Any]:
+        if self._ranks.num_replicas == 1:
+            return super()._training_step(module)
+        leaves_some = bool(self.plan.untrained)
+        return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
 
     def _start_engine(
         self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
@@ -291,9 +308,14 @@ class RankTrainer(Trainer):
         self.drain()
         self._saver.join(self._engine)
 
-    def close(self) -> None:
-        """As Trainer's; the process group stays until Ranks.leave()."""
-        super().close()
+    def load(self, directory: Path) -> None:
+        """As Trainer's. A checkpoint has the random streams of the first replica; the others go on
+        with new ones.
+        """
+        super().load(directory)
+        if self._ranks.replica:
+            seed = spread_seed(self._stage_seed(self._ranks.stage), self.num_steps)
+            self._stage.random = StageRandom(seed, self._stage.lane.device)
 
 
 def _crossings(plan: Plan, cut: int) -> tuple[str, ...]:

@@ -234,6 +234,8 @@ class Run:
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
             ranks=self._ranks,
+            contrast=options.contrast,
+            wire_dtype=options.wire_dtype,
         )
         self._stack.callback(trainer.close)
         self.trainer = trainer

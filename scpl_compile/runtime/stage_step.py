@@ -37,7 +37,9 @@ class StageStep:
     inputs: names of the tensors that the stage's forward takes; sends: names of those that cross
     to the next stage, in the order in which `training_step` gives them. detach is False where
     gradients cross the cuts. draws, recomputes: whether F, and B too (activation checkpointing),
-    draw randomness.
+    draw randomness. training_step: in place of the module's, as one that averages gradients over
+    replicas. wire: what float32 and float64 are rounded to before they cross a cut, and gradients
+    too; the reader gets float32. Rounding here, not in an engine, is the same in every one.
 
     The host never waits for the device here: losses stay where they are until `take_losses`.
     """
@@ -56,10 +58,14 @@ class StageStep:
         detach: bool,
         draws: bool = True,
         recomputes: bool = True,
+        training_step: Callable[..., Any] | None = None,
+        wire: torch.dtype | None = None,
     ) -> None:
         self.index = index
         self.module = module
-        self._training_step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+        own: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+        self._training_step = training_step or own
+        self._wire = wire
         self.inputs = inputs
         self.sends = sends
         self.lane = lane
@@ -80,6 +86,8 @@ class StageStep:
         B samples: then the labels are repeated here, on the device.
         """
         received = self.lane.receive({name: value.detach() for name, value in values.items()}, mark)
+        if self._wire is not None and self.index > 0:
+            received = {name: _widened(value, self._wire) for name, value in received.items()}
         labels = self.lane.receive({"labels": labels}, None)["labels"]
         if self.index == 0:
             num_samples = received[self.inputs[0]].shape[0]
@@ -97,6 +105,8 @@ class StageStep:
         with self.random.drawing() if self.draws else nullcontext():
             sent, losses = self._training_step(*arguments, labels=flight.labels)
         flight.sent = dict(zip(self.sends, as_tuple(sent), strict=True))
+        if self._wire is not None:
+            flight.sent = {n: _rounded(value, self._wire) for n, value in flight.sent.items()}
         flight.losses = losses
         if losses:
             scalars = [loss.detach().float().reshape(()) for loss in losses.values()]
@@ -129,6 +139,8 @@ class StageStep:
         """SEND_B: the gradients of the tensors that this stage received."""
         values = self._flight(step).values
         gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
+        if self._wire is not None:
+            gradients = {name: _rounded(value, self._wire) for name, value in gradients.items()}
         return gradients, self.lane.mark()
 
     def update(self, step: int) -> None:
@@ -258,3 +270,11 @@ def _all_state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """Parameters and buffers of both kinds (persistent and not), each shared tensor once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def _rounded(value: Tensor, wire: torch.dtype) -> Tensor:
+    return value.to(wire) if value.dtype in (torch.float32, torch.float64) else value
+
+
+def _widened(value: Tensor, wire: torch.dtype) -> Tensor:
+    return value.float() if value.dtype == wire else value

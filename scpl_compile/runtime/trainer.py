@@ -57,6 +57,7 @@ class Trainer:
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
+        wire_dtype: "bfloat16" or "float16": what crosses a cut is rounded to it; labels never.
         record_events: keep every executed action with its times in `events`.
 
     A step returns at once: do not write to its tensors afterwards, and draw random numbers of your
@@ -83,6 +84,7 @@ class Trainer:
         threads_per_stage: int | None = None,
         random_stages: Sequence[int] | None = None,
         recompute_stages: Sequence[int] | None = None,
+        wire_dtype: str = "",
         queue_depth: int = 2,
         record_events: bool = False,
         actions: Sequence[Iterator[Action]] | None = None,
@@ -110,10 +112,12 @@ class Trainer:
                 lane=lanes[k],
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen),
                 learning_rate=rate,
-                random=StageRandom(spread_seed(seed, _STAGE, k), lanes[k].device),
+                random=StageRandom(self._stage_seed(k), lanes[k].device),
                 detach=self.schedule != "bp",
                 draws=k in draws,
                 recomputes=k in recomputes,
+                training_step=self._training_step(module),
+                wire=_wire(wire_dtype),
             )
             for k, module in modules.items()
         )
@@ -143,6 +147,15 @@ class Trainer:
             record_events=self._record_events,
             actions=actions,
         )
+
+    def _stage_seed(self, stage: int) -> int:
+        """Of the stage's random stream."""
+        return spread_seed(self.seed, _STAGE, stage)
+
+    def _training_step(self, module: nn.Module) -> Callable[..., Any]:
+        """What F calls."""
+        step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+        return step
 
     def _is_saved(self) -> bool:
         """Whether, now that the own stages' files are written, this process completes the set."""
@@ -355,6 +368,12 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _wire(name: str) -> torch.dtype | None:
+    if name not in ("", "bfloat16", "float16"):
+        raise MethodError(f"wire_dtype {name!r} is not one of bfloat16, float16, or empty")
+    return getattr(torch, name) if name else None
 
 
 def _batch_size(values: Mapping[str, Tensor]) -> int:
