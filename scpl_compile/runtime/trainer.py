@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scpl_compile.actions import Action
 from scpl_compile.errors import DataError, MethodError, ProgramError
-from scpl_compile.ir import Plan, Scalar
+from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.batch import (
     Inputs,
@@ -22,9 +22,11 @@ from scpl_compile.runtime.batch import (
 from scpl_compile.runtime.engine import Engine, Event
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane, resolve_devices
-from scpl_compile.runtime.optim import learning_rate, make_optimizer
+from scpl_compile.runtime.learning_rate import learning_rate
+from scpl_compile.runtime.optim import make_optimizer, read_options
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.saver import Saver
+from scpl_compile.runtime.settings import Setting
 from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
 
@@ -50,8 +52,9 @@ class Trainer:
             as a training loop does; if it is in it, modules that are held in eval mode stay so.
         stages: the emitted stage classes.
         devices: at most one per stage ("cpu", "cuda:0", …); default: the plan's placement.
-        optimizer, lr, optimizer_options: of every stage, by name in torch.optim.
-        lr_schedule, total_steps: "cosine" falls to lr/100 over total_steps; None keeps lr.
+        optimizer, lr, optimizer_options ("momentum=0.9,nesterov=true"): of every stage, by name in
+            torch.optim. weight_decay: of matrices, see optim.make_optimizer.
+        lr_schedule, total_steps, warmup: see learning_rate.py.
         schedule: "stream", "in_step", "sequential"; "bp" for backpropagation.
         seed: of the heads' first weights and of every stage's random stream.
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
@@ -75,8 +78,10 @@ class Trainer:
         devices: Sequence[str] | None = None,
         optimizer: str = "adam",
         lr: float = 1e-3,
-        optimizer_options: Mapping[str, Scalar] | None = None,
+        optimizer_options: str | Mapping[str, Setting] | None = None,
+        weight_decay: float = 0.0,
         lr_schedule: str = "constant",
+        warmup: int = 0,
         total_steps: int | None = None,
         schedule: str | None = None,
         seed: int = 0,
@@ -96,11 +101,11 @@ class Trainer:
         everyone = range(plan.num_stages)
         draws = set(everyone if random_stages is None else random_stages)
         recomputes = set(everyone if recompute_stages is None else recompute_stages)
-        rate = learning_rate(lr, lr_schedule, total_steps)
+        self.learning_rate = learning_rate(lr, lr_schedule, total_steps, warmup=warmup)
         start_training(model)
         lanes = [Lane(device) for device in self.devices]
         modules = [self._take(k, make, lanes[k]) for k, make in enumerate(stages)]
-        chosen = optimizer_options or {}
+        chosen = read_options(optimizer_options)
         self._stages = tuple(
             StageStep(
                 k,
@@ -108,8 +113,8 @@ class Trainer:
                 inputs=plan.stages[k].inputs,
                 sends=_sends(plan, k),
                 lane=lanes[k],
-                optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen),
-                learning_rate=rate,
+                optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
+                learning_rate=self.learning_rate,
                 random=StageRandom(spread_seed(seed, _STAGE, k), lanes[k].device),
                 detach=self.schedule != "bp",
                 draws=k in draws,
