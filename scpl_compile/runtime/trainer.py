@@ -29,6 +29,7 @@ from scpl_compile.runtime.saver import Saver
 from scpl_compile.runtime.settings import Setting
 from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
+from scpl_compile.runtime.step_options import StepOptions
 
 __all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules"]
 
@@ -55,6 +56,7 @@ class Trainer:
         optimizer, lr, optimizer_options ("momentum=0.9,nesterov=true"): of every stage, by name in
             torch.optim. weight_decay: of matrices, see optim.make_optimizer.
         lr_schedule, total_steps, warmup: see learning_rate.py.
+        amp, channels_last, clip_norm, accumulate: see step_options.py.
         schedule: "stream", "in_step", "sequential"; "bp" for backpropagation.
         seed: of the heads' first weights and of every stage's random stream.
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
@@ -83,6 +85,10 @@ class Trainer:
         lr_schedule: str = "constant",
         warmup: int = 0,
         total_steps: int | None = None,
+        amp: str = "none",
+        channels_last: bool = False,
+        clip_norm: float = 0.0,
+        accumulate: int = 1,
         schedule: str | None = None,
         seed: int = 0,
         threads_per_stage: int | None = None,
@@ -105,6 +111,9 @@ class Trainer:
         start_training(model)
         lanes = [Lane(device) for device in self.devices]
         modules = [self._take(k, make, lanes[k]) for k, make in enumerate(stages)]
+        how = StepOptions(
+            amp=amp, channels_last=channels_last, clip_norm=clip_norm, accumulate=accumulate
+        )
         chosen = read_options(optimizer_options)
         self._stages = tuple(
             StageStep(
@@ -119,6 +128,7 @@ class Trainer:
                 detach=self.schedule != "bp",
                 draws=k in draws,
                 recomputes=k in recomputes,
+                options=how,
             )
             for k, module in enumerate(modules)
         )
@@ -227,14 +237,16 @@ class Trainer:
         for text in self.plan.inference:
             k, kind = int(text[:-1]), text[-1]
             stage, spec = self._stages[k], self.plan.stages[k]
-            values = stage.lane.receive(values, None)
+            values = stage.options.arrange(stage.lane.receive(values, None))
             if kind == "F":
-                outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
+                with stage.autocast():
+                    outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
                 values |= dict(zip(spec.outputs, outputs, strict=True))
             else:
                 loss = next(loss for loss in spec.losses if loss.kind == "local")
                 names = (*loss.reads, loss.mask) if loss.mask else loss.reads
-                exits.append(stage.module.exit(*(values[name] for name in names)))  # type: ignore[operator]
+                with stage.autocast():
+                    exits.append(stage.module.exit(*(values[name] for name in names)))  # type: ignore[operator]
         exits.append(values[self.plan.outputs[0]])
         return exits
 
