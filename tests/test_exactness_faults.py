@@ -54,7 +54,7 @@ def planted(order: Order, *, silent: bool = True) -> list[str]:
         def make(**options: Any):
             trainer = program.trainer(**options)
             for stage in trainer._stages if silent else ():
-                stage.optimizer = SilentSgd(list(stage.module.parameters()))
+                stage._descent.optimizer = SilentSgd(list(stage.module.parameters()))
             return trainer
 
         schedule = "sequential" if actions is None else "stream"

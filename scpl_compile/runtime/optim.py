@@ -1,18 +1,15 @@
-"""Optimizers by name, and the learning rate as a pure function of the step."""
+"""Optimizers by name."""
 
-import math
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import Scalar
+from scpl_compile.runtime.settings import Setting, parse_settings
 
-__all__ = ["learning_rate", "make_optimizer", "optimizer_names"]
-
-LR_FLOOR = 0.01
-"""The cosine ends at this fraction of the first learning rate (released: 1e-3 falls to 1e-5)."""
+__all__ = ["make_optimizer", "optimizer_names", "read_options"]
 
 
 def optimizer_names() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -26,10 +23,31 @@ def optimizer_names() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     }
 
 
+def read_options(options: str | Mapping[str, Setting] | None) -> dict[str, Setting]:
+    """`momentum=0.9,nesterov=true,betas=0.9/0.98` as keyword arguments.
+
+    Raises:
+        MethodError: names the piece that is wrong.
+    """
+    if not isinstance(options, str):
+        return dict(options or {})
+    try:
+        return parse_settings(options)
+    except ValueError as error:
+        raise MethodError(f"optimizer option {error}, as in momentum=0.9,nesterov=true") from error
+
+
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, options: Mapping[str, Scalar]
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    options: Mapping[str, Setting],
+    weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer | None:
     """The optimizer of one stage; None where the stage has nothing to train.
+
+    weight_decay: of the parameters of 2 and more dimensions; the others (biases, norms) then have
+    none. They are two groups. With 0 there is one group, with what the options say or torch does.
 
     Raises:
         MethodError: an unknown name or option, or a value that torch refuses.
@@ -37,34 +55,39 @@ def make_optimizer(
     known = optimizer_names()
     if name.lower() not in known:
         raise MethodError(f"optimizer {name!r} is not one of {', '.join(sorted(known))}")
+    make = known[name.lower()]
+    if weight_decay:
+        _check_weight_decay(name, make, options, weight_decay)
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         return None
     try:
-        return known[name.lower()](trainable, **{"lr": lr, **options})
+        return make(_groups(trainable, weight_decay), **{"lr": lr, **options})
     except (TypeError, ValueError, RuntimeError) as error:
         raise MethodError(
             f"optimizer {name!r} refuses lr={lr}, {dict(options)}: {error}"
         ) from error
 
 
-def learning_rate(lr: float, shape: str, total_steps: int | None) -> Callable[[int], float]:
-    """The learning rate of step t: constant, or a cosine from `lr` to lr/100 over `total_steps`.
+def _check_weight_decay(
+    name: str, make: Callable[..., object], options: Mapping[str, Setting], weight_decay: float
+) -> None:
+    if weight_decay < 0:
+        raise MethodError(f"weight_decay is {weight_decay}; give at least 0")
+    if "weight_decay" not in inspect.signature(make).parameters:
+        raise MethodError(f"optimizer {name!r} has no weight decay; leave --weight-decay at 0")
+    if "weight_decay" in options:
+        raise MethodError(
+            f"weight_decay={options['weight_decay']} among the optimizer's options is of all "
+            f"parameters, --weight-decay {weight_decay} of matrices; give one of them"
+        )
 
-    As released, q = (1 + cos(pi t / T)) / 2, here per step instead of per epoch (paper.md 1.4).
 
-    Raises:
-        MethodError: another shape, or fewer than 1 step.
-    """
-    if shape not in ("cosine", "constant"):
-        raise MethodError(f"lr_schedule {shape!r} is not one of constant, cosine")
-    if shape == "constant" or total_steps is None:
-        return lambda step: lr
-    if total_steps < 1:
-        raise MethodError(f"total_steps is {total_steps}; a cosine needs at least 1")
-
-    def cosine(step: int) -> float:
-        q = 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
-        return lr * (LR_FLOOR + (1 - LR_FLOOR) * q)
-
-    return cosine
+def _groups(trainable: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    if not weight_decay:
+        return [{"params": trainable}]
+    groups = (
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]

@@ -2,17 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.errors import TrainingError
+from scpl_compile.errors import MethodError, TrainingError, context
+from scpl_compile.runtime.descent import Descent
 from scpl_compile.runtime.lane import Lane, Mark
 from scpl_compile.runtime.randomness import StageRandom
 from scpl_compile.runtime.stage import as_tuple
+from scpl_compile.runtime.step_options import StepOptions
 
 __all__ = ["KEPT_LOSSES", "StageStep"]
 
@@ -38,10 +40,12 @@ class StageStep:
     to the next stage, in the order in which `training_step` gives them. detach is False where
     gradients cross the cuts. draws, recomputes: whether F, and B too (activation checkpointing),
     draw randomness. training_step: in place of the module's, as one that averages gradients over
-    replicas. wire: what float32 and float64 are rounded to before they cross a cut, and gradients
-    too; the reader gets float32. Rounding here, not in an engine, is the same in every one.
+    replicas. options: precision, memory format, clipping, accumulation, what crosses a cut.
 
     The host never waits for the device here: losses stay where they are until `take_losses`.
+
+    Raises:
+        MethodError: fp16 where gradients cross the cuts.
     """
 
     def __init__(
@@ -59,18 +63,24 @@ class StageStep:
         draws: bool = True,
         recomputes: bool = True,
         training_step: Callable[..., Any] | None = None,
-        wire: torch.dtype | None = None,
+        options: StepOptions | None = None,
     ) -> None:
+        self.options = options = options or StepOptions()
+        if options.amp == "fp16" and not detach:
+            raise MethodError(
+                "amp 'fp16' scales the loss of every stage by itself, but in backpropagation "
+                "gradients cross between the stages; take amp 'bf16', which needs no scale"
+            )
+        with lane.scope():
+            options.arrange_module(module)
         self.index = index
         self.module = module
         own: Callable[..., Any] = module.training_step  # type: ignore[assignment]
         self._training_step = training_step or own
-        self._wire = wire
         self.inputs = inputs
         self.sends = sends
         self.lane = lane
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
+        self._descent = Descent(module, optimizer, learning_rate, options, lane.device)
         self.random = random
         self.detach = detach
         self.draws = draws
@@ -86,8 +96,9 @@ class StageStep:
         B samples: then the labels are repeated here, on the device.
         """
         received = self.lane.receive({name: value.detach() for name, value in values.items()}, mark)
-        if self._wire is not None and self.index > 0:
-            received = {name: _widened(value, self._wire) for name, value in received.items()}
+        if self.index > 0:
+            received = {name: self.options.widen(value) for name, value in received.items()}
+        received = self.options.arrange(received)
         labels = self.lane.receive({"labels": labels}, None)["labels"]
         if self.index == 0:
             num_samples = received[self.inputs[0]].shape[0]
@@ -102,17 +113,25 @@ class StageStep:
         """F: outputs for the next stage and the local losses of this one."""
         flight = self._flight(step)
         arguments = [flight.values[name] for name in self.inputs]
-        with self.random.drawing() if self.draws else nullcontext():
+        with self.random.drawing() if self.draws else nullcontext(), self.autocast():
             sent, losses = self._training_step(*arguments, labels=flight.labels)
         flight.sent = dict(zip(self.sends, as_tuple(sent), strict=True))
-        if self._wire is not None:
-            flight.sent = {n: _rounded(value, self._wire) for n, value in flight.sent.items()}
+        flight.sent = {name: self.options.narrow(value) for name, value in flight.sent.items()}
         flight.losses = losses
         if losses:
             scalars = [loss.detach().float().reshape(()) for loss in losses.values()]
             total = torch.stack(scalars).sum()
             is_first = (self._first_bad_step < 0) & ~torch.isfinite(total)
             self._first_bad_step = torch.where(is_first, step, self._first_bad_step)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """None where the stage has nothing to train."""
+        return self._descent.optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What this stage's modules run in, in training and in evaluation."""
+        return self.options.autocast(self.lane.device)
 
     def outgoing(self, step: int) -> tuple[dict[str, Tensor], Tensor, Mark]:
         """SEND: the crossing tensors, the labels, and the point from which they may be read."""
@@ -126,7 +145,8 @@ class StageStep:
     def backward(self, step: int) -> None:
         """B: backward of the local losses and, in backpropagation, of what was sent."""
         flight = self._flight(step)
-        roots: list[Tensor] = [loss for loss in flight.losses.values() if loss.requires_grad]
+        losses = [loss for loss in flight.losses.values() if loss.requires_grad]
+        roots = [self._descent.root(loss) for loss in losses]
         seeds: list[Tensor | None] = [None] * len(roots)
         for name, gradient in flight.gradients.items():
             roots.append(flight.sent[name])
@@ -139,18 +159,13 @@ class StageStep:
         """SEND_B: the gradients of the tensors that this stage received."""
         values = self._flight(step).values
         gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
-        if self._wire is not None:
-            gradients = {name: _rounded(value, self._wire) for name, value in gradients.items()}
+        gradients = {name: self.options.narrow(value) for name, value in gradients.items()}
         return gradients, self.lane.mark()
 
     def update(self, step: int) -> None:
-        """U: one optimizer step; the step is over for this stage."""
+        """U: the optimizer's share; the step is over for this stage."""
         flight = self._in_flight.pop(step)
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(step)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        self._descent.update(step)
         losses = {name: loss.detach() for name, loss in flight.losses.items()}
         self._finished.append((step, losses))
 
@@ -201,15 +216,8 @@ class StageStep:
         """(tensors, JSON values): all that a later run needs to go on exactly from here."""
         with self.lane.scope():
             tensors = {f"module.{name}": value for name, value in _all_state(self.module)}
-            values: dict[str, Any] = {}
-            if self.optimizer is not None:
-                values["optimizer"] = type(self.optimizer).__name__
-                for key, entry in self.optimizer.state_dict()["state"].items():
-                    for name, value in entry.items():
-                        if isinstance(value, Tensor):
-                            tensors[f"optimizer.{key}.{name}"] = value
-                        else:
-                            values[f"optimizer.{key}.{name}"] = value
+            own, values = self._descent.state()
+            tensors |= own
             random_tensors, values["random"] = self.random.state()
             tensors |= {f"random.{name}": value for name, value in random_tensors.items()}
             copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
@@ -238,7 +246,8 @@ class StageStep:
                         f"and {tuple(own[name].shape)} in the stage"
                     )
                 own[name].copy_(value)
-            self._load_optimizer(tensors, values)
+            with context(f"stage {self.index}"):
+                self._descent.load_state(tensors, values)
         random_tensors = {
             n.removeprefix("random."): v for n, v in tensors.items() if n.startswith("random.")
         }
@@ -247,34 +256,8 @@ class StageStep:
         with self.lane.scope():
             self._first_bad_step = torch.full_like(self._first_bad_step, -1)
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        if self.optimizer is None:
-            return
-        own = type(self.optimizer).__name__
-        if values.get("optimizer") != own:
-            raise TrainingError(
-                f"stage {self.index}: the checkpoint is of the optimizer "
-                f"{values.get('optimizer')}, not {own}; resume with the same optimizer"
-            )
-        state: dict[int, dict[str, Any]] = {}
-        for source in (tensors, values):
-            for path, value in source.items():
-                if path.startswith("optimizer."):
-                    _, key, name = path.split(".", 2)
-                    state.setdefault(int(key), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
 
 def _all_state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """Parameters and buffers of both kinds (persistent and not), each shared tensor once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _rounded(value: Tensor, wire: torch.dtype) -> Tensor:
-    return value.to(wire) if value.dtype in (torch.float32, torch.float64) else value
-
-
-def _widened(value: Tensor, wire: torch.dtype) -> Tensor:
-    return value.float() if value.dtype == wire else value

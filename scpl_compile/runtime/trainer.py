@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scpl_compile.actions import Action
 from scpl_compile.errors import DataError, MethodError, ProgramError
-from scpl_compile.ir import Plan, Scalar
+from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.batch import (
     Inputs,
@@ -22,11 +22,14 @@ from scpl_compile.runtime.batch import (
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane, resolve_devices
-from scpl_compile.runtime.optim import learning_rate, make_optimizer
+from scpl_compile.runtime.learning_rate import learning_rate
+from scpl_compile.runtime.optim import make_optimizer, read_options
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.saver import Saver
+from scpl_compile.runtime.settings import Setting
 from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
+from scpl_compile.runtime.step_options import StepOptions
 
 __all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules"]
 
@@ -50,8 +53,10 @@ class Trainer:
             as a training loop does; if it is in it, modules that are held in eval mode stay so.
         stages: the emitted stage classes.
         devices: at most one per stage ("cpu", "cuda:0", …); default: the plan's placement.
-        optimizer, lr, optimizer_options: of every stage, by name in torch.optim.
-        lr_schedule, total_steps: "cosine" falls to lr/100 over total_steps; None keeps lr.
+        optimizer, lr, optimizer_options ("momentum=0.9,nesterov=true"): of every stage, by name in
+            torch.optim. weight_decay: of matrices, see optim.make_optimizer.
+        lr_schedule, total_steps, warmup: see learning_rate.py.
+        amp, channels_last, clip_norm, accumulate: see step_options.py.
         schedule: "stream", "in_step", "sequential"; "bp" for backpropagation.
         seed: of the heads' first weights and of every stage's random stream.
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
@@ -76,9 +81,15 @@ class Trainer:
         devices: Sequence[str] | None = None,
         optimizer: str = "adam",
         lr: float = 1e-3,
-        optimizer_options: Mapping[str, Scalar] | None = None,
+        optimizer_options: str | Mapping[str, Setting] | None = None,
+        weight_decay: float = 0.0,
         lr_schedule: str = "constant",
+        warmup: int = 0,
         total_steps: int | None = None,
+        amp: str = "none",
+        channels_last: bool = False,
+        clip_norm: float = 0.0,
+        accumulate: int = 1,
         schedule: str | None = None,
         seed: int = 0,
         threads_per_stage: int | None = None,
@@ -98,11 +109,18 @@ class Trainer:
         everyone = range(plan.num_stages)
         draws = set(everyone if random_stages is None else random_stages)
         recomputes = set(everyone if recompute_stages is None else recompute_stages)
-        rate = learning_rate(lr, lr_schedule, total_steps)
+        self.learning_rate = learning_rate(lr, lr_schedule, total_steps, warmup=warmup)
         start_training(model)
         lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
         modules = {k: self._take(k, stages[k], lane) for k, lane in lanes.items()}
-        chosen = optimizer_options or {}
+        how = StepOptions(
+            amp=amp,
+            channels_last=channels_last,
+            clip_norm=clip_norm,
+            accumulate=accumulate,
+            wire_dtype=wire_dtype,
+        )
+        chosen = read_options(optimizer_options)
         self._stages = tuple(
             StageStep(
                 k,
@@ -110,14 +128,14 @@ class Trainer:
                 inputs=plan.stages[k].inputs,
                 sends=_sends(plan, k),
                 lane=lanes[k],
-                optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen),
-                learning_rate=rate,
+                optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
+                learning_rate=self.learning_rate,
                 random=StageRandom(self._stage_seed(k), lanes[k].device),
                 detach=self.schedule != "bp",
                 draws=k in draws,
                 recomputes=k in recomputes,
                 training_step=self._training_step(module),
-                wire=_wire(wire_dtype),
+                options=how,
             )
             for k, module in modules.items()
         )
@@ -260,9 +278,10 @@ class Trainer:
         for text in self.plan.inference:
             k, kind = int(text[:-1]), text[-1]
             stage, spec = self._stages[k], self.plan.stages[k]
-            values = stage.lane.receive(values, None)
+            values = stage.options.arrange(stage.lane.receive(values, None))
             if kind == "F":
-                outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
+                with stage.autocast():
+                    outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
                 values |= dict(zip(spec.outputs, outputs, strict=True))
             else:
                 exits.append(self._local_exit(stage, values))
@@ -274,7 +293,8 @@ class Trainer:
         losses = self.plan.stages[stage.index].losses
         loss = next(loss for loss in losses if loss.kind == "local")
         names = (*loss.reads, loss.mask) if loss.mask else loss.reads
-        logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
+        with stage.autocast():
+            logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
         return logits
 
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
@@ -368,12 +388,6 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _wire(name: str) -> torch.dtype | None:
-    if name not in ("", "bfloat16", "float16"):
-        raise MethodError(f"wire_dtype {name!r} is not one of bfloat16, float16, or empty")
-    return getattr(torch, name) if name else None
 
 
 def _batch_size(values: Mapping[str, Tensor]) -> int:

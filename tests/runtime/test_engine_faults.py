@@ -73,7 +73,7 @@ def with_faults(order: Callable[[int], Sequence[str]]) -> list[str]:
     def run(actions: list[Iterator[Action]] | None) -> dict[str, object]:
         steps = stage_steps(2)
         for stage in steps:
-            stage.optimizer = SilentSgd(list(stage.module.parameters()))
+            stage._descent.optimizer = SilentSgd(list(stage.module.parameters()))
         return train_steps(2, "stream", 8, steps=steps, actions=actions)[0]
 
     faulty = [stage_actions("stream", 0, 2), in_order(1, order, 8)]

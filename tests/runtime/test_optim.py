@@ -1,22 +1,15 @@
-"""Optimizers by name, and the learning rate of every step."""
-
-import math
+"""Optimizers by name, their options and weight decay."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from scpl_compile.errors import MethodError
-from scpl_compile.runtime.optim import learning_rate, make_optimizer, optimizer_names
+from scpl_compile.runtime.optim import make_optimizer, optimizer_names, read_options
 
 
 def weights(*, trainable: bool = True) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(2, 2), requires_grad=trainable)]
-
-
-# ---------------------------------------------------------------------- optimizers
 
 
 @pytest.mark.parametrize("name", sorted(optimizer_names()))
@@ -75,40 +68,57 @@ def test_what_an_optimizer_does_not_train_is_told() -> None:
         make_optimizer("muon", bias, 0.1, {})
 
 
-# ---------------------------------------------------------------------- the learning rate
+def test_options_are_read_from_text() -> None:
+    read = read_options("betas=0.8/0.9,eps=1e-6,amsgrad=true")
+    assert read == {"betas": (0.8, 0.9), "eps": 1e-6, "amsgrad": True}
+    assert read_options(read) == read and read_options(None) == {}
+    optimizer = make_optimizer("adam", weights(), 0.1, read)
+    assert optimizer is not None and optimizer.defaults["betas"] == (0.8, 0.9)
+    with pytest.raises(MethodError, match="optimizer option 'momentum' is not name=value, as in"):
+        read_options("momentum")
 
 
-@given(st.floats(1e-6, 10), st.integers(0, 10**6), st.none() | st.integers(1, 10**6))
-def test_constant_stays(lr: float, step: int, total_steps: int | None) -> None:
-    assert learning_rate(lr, "constant", total_steps)(step) == lr
-    assert learning_rate(lr, "cosine", None)(step) == lr
+# ---------------------------------------------------------------------- weight decay
 
 
-@given(st.floats(1e-6, 10), st.integers(1, 10**6))
-def test_the_cosine_falls_from_lr_to_a_hundredth(lr: float, total_steps: int) -> None:
-    rate = learning_rate(lr, "cosine", total_steps)
-    assert rate(0) == pytest.approx(lr)
-    assert rate(total_steps) == pytest.approx(lr / 100)
-    assert rate(total_steps + 5) == rate(total_steps)
-    middle = total_steps // 2
-    expected = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * middle / total_steps)) / 2)
-    assert rate(middle) == pytest.approx(expected)
+def mixed() -> nn.Module:
+    """A bias, a norm, and weights of 2 and 4 dimensions."""
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
 
 
-def test_the_cosine_never_rises() -> None:
-    rate = learning_rate(1e-3, "cosine", 50)
-    rates = [rate(step) for step in range(60)]
-    assert rates == sorted(rates, reverse=True)
-    assert rate(25) == pytest.approx((1e-3 + 1e-5) / 2)  # half way, half between the ends
+def test_matrices_decay_and_biases_and_norms_do_not() -> None:
+    """With a gradient of 0 what SGD does is the decay alone."""
+    module = mixed()
+    optimizer = make_optimizer("sgd", module.parameters(), 0.1, {}, weight_decay=0.5)
+    assert optimizer is not None
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    for value in module.parameters():
+        value.grad = torch.zeros_like(value)
+    optimizer.step()
+    for name, value in module.named_parameters():
+        factor = 1 - 0.1 * 0.5 if value.ndim > 1 else 1.0
+        torch.testing.assert_close(value.detach(), before[name] * factor)
 
 
-def test_the_rate_is_a_function_of_the_step_alone() -> None:
-    rate = learning_rate(1e-3, "cosine", 50)
-    assert [rate(7), rate(3), rate(7)] == [learning_rate(1e-3, "cosine", 50)(s) for s in (7, 3, 7)]
+def test_an_empty_group_is_left_out() -> None:
+    for parameters, decay in ((weights(), 0.5), ([nn.Parameter(torch.ones(2))], 0.0)):
+        optimizer = make_optimizer("adamw", parameters, 0.1, {}, weight_decay=0.5)
+        assert optimizer is not None
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [decay]
 
 
-def test_another_shape_or_no_step_is_refused() -> None:
-    with pytest.raises(MethodError, match="lr_schedule 'linear' is not one of constant, cosine"):
-        learning_rate(1e-3, "linear", 10)
-    with pytest.raises(MethodError, match="total_steps is 0"):
-        learning_rate(1e-3, "cosine", 0)
+def test_without_weight_decay_the_optimizers_own_stays() -> None:
+    optimizer = make_optimizer("adamw", mixed().parameters(), 0.1, {})
+    assert optimizer is not None
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-2]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_weight_decay_that_cannot_be_is_refused(trainable: bool) -> None:
+    given = weights(trainable=trainable)
+    with pytest.raises(MethodError, match="weight_decay is -1; give at least 0"):
+        make_optimizer("adam", given, 0.1, {}, weight_decay=-1)
+    with pytest.raises(MethodError, match="optimizer 'rprop' has no weight decay"):
+        make_optimizer("rprop", given, 0.1, {}, weight_decay=0.1)
+    with pytest.raises(MethodError, match="give one of them"):
+        make_optimizer("adam", given, 0.1, {"weight_decay": 0.1}, weight_decay=0.1)
