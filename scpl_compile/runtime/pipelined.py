@@ -323,6 +323,12 @@ class _Stage(PipelineStage):
                 self.dw_builder = _nothing_later
         return output
 
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """As PipelineStage; what is sent back is contiguous, as the receiver expects it."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        gradients = self.bwd_cache[bwd_chunk_id]
+        self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
+
 
 def _nothing_later() -> Callable[[], None]:
     return lambda: None
