@@ -284,10 +284,9 @@ class _Hosted(nn.Module):
         return tuple(self._sendable(crossing, like, value) for (crossing, like), value in pairs)
 
     def _sendable(self, crossing: Crossing, like: Tensor, value: Tensor) -> Tensor:
-        """What torch sends: of the planned shape and dtype, and contiguous.
+        """What torch sends: of the planned shape and dtype, contiguous, and in "zb" no view.
 
-        "zb" detaches it in place when it has gone back: so it may be no view there, nor a value
-        that others hold too, as one that the stage only passes on.
+        "zb" detaches it in place when it has gone back, and a view cannot be.
         """
         if value.shape != like.shape:
             raise MethodError(
@@ -301,8 +300,7 @@ class _Hosted(nn.Module):
                 "program was compiled; compile again with the parameters that train unfrozen"
             )
         sendable = value.to(like.dtype).contiguous()
-        is_shared = sendable._is_view() or sendable.is_leaf
-        return sendable.clone() if self._detaches and is_shared else sendable
+        return sendable.clone() if self._detaches and sendable._is_view() else sendable
 
 
 class _Stage(PipelineStage):

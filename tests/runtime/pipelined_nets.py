@@ -23,9 +23,9 @@ SPLITS = {2: ("side",), 4: ("lift", "side", "lstm")}
 class Text(nn.Module):
     """ids and mask (B, LENGTH) int64 to (B, NUM_CLASSES).
 
-    Across the cuts: the mask (integers, read last), `skip` (passed on by the stages between, and
-    read twice), `extra` (whose gradient reaches no stage's input), the LSTM's (LENGTH, B, WIDTH),
-    and a position that every sample shares.
+    Across the cuts: the mask (integers) and a view of it, `skip` (passed on by the stages between,
+    and read twice), `extra` (whose gradient reaches no stage's input, and which is a view) and the
+    LSTM's (LENGTH, B, WIDTH).
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,11 @@ class Text(nn.Module):
         h = (self.embed(ids) + self.position) * mask.unsqueeze(-1)
         skip = torch.relu(self.lift(h))
         h = torch.tanh(self.mix(skip))
-        extra = self.side(ids)
+        extra = self.side(ids).flatten(1)
+        columns = mask.unsqueeze(-1)
         y, _ = self.lstm(h.transpose(0, 1))
-        y = y + skip.transpose(0, 1) * mask.t().unsqueeze(-1)
-        logits: Tensor = self.out(y.mean(0)) + extra.mean(1)
+        y = y + (skip * columns).transpose(0, 1)
+        logits: Tensor = self.out(y.mean(0)) + extra.unflatten(1, (LENGTH, -1)).mean(1)
         return logits
 
 
