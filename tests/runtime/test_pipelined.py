@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelined_nets import (
@@ -53,7 +54,7 @@ def one_rank() -> Iterator[None]:
 def make(directory: Path, schedule: str, num_microbatches: int, **options: Any) -> PipelinedStep:
     """The step of this rank; its stages are those of a model of its own."""
     plan, emitted, model = load(directory)
-    rank = dist.get_rank()
+    rank = dist.get_rank(options.get("group"))
     own = [k for k, at in enumerate(placement(schedule, plan.num_stages)) if at == rank]
     return PipelinedStep(
         options.pop("plan", plan),
@@ -139,6 +140,20 @@ def check_ddp(directory: Path) -> None:
     torch.testing.assert_close(mean.item(), losses[0])
 
 
+def check_replicas(directory: Path) -> None:
+    """(2 replicas x 2 stages): each replica has half of the batch; their mean is of all of it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
+    step = make(directory, "1f1b", 2, group=mesh["stage"].get_group(), batch_size=4)
+    plan, _, model = load(directory)
+    values, labels = batch(plan, BATCH_SIZE)
+    _, expected = eager(model, [(values, labels)])
+    half = slice(mesh["replica"].get_local_rank(), None, 2)
+    step.run({name: value[half] for name, value in values.items()}, labels[half])
+    for name, gradient in gradients(step).items():
+        dist.all_reduce(gradient, group=mesh["replica"].get_group())
+        torch.testing.assert_close(gradient / 2, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 def work(rank: int, num_ranks: int, store: Path, text: dict[int, Path]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=num_ranks)
@@ -149,6 +164,8 @@ def work(rank: int, num_ranks: int, store: Path, text: dict[int, Path]) -> None:
         check_ddp(text[2])
         with pytest.raises(MethodError, match="4 stages on 4 ranks, not 2; .* --nproc-per-node 4"):
             make(text[4], "gpipe", 4)
+    else:
+        check_replicas(text[2])
     dist.destroy_process_group()
 
 
