@@ -55,7 +55,7 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--gpus", type=click.IntRange(min=1), metavar="N",
                      help="Plan for N GPUs, here or on another machine."),
         click.option("--method", default="scpl", metavar="NAME", show_default=True,
-                     help="scpl, bp or early_exit."),
+                     help="scpl, bp, early_exit; gpipe, 1f1b, zb, ddp: bp with that schedule."),
         click.option("--preset", default="default", metavar="NAME", show_default=True,
                      help="default, or paper: the algorithm as released."),
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE",

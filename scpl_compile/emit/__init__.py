@@ -11,14 +11,21 @@ from itertools import count
 from pathlib import Path
 from string import Template
 
-from scpl_compile.actions import picture, timeline
+from scpl_compile.actions import (
+    PIPELINES,
+    SCHEDULES,
+    Action,
+    picture,
+    pipeline_timeline,
+    timeline,
+)
 from scpl_compile.capture import Capture
 from scpl_compile.emit.layout import WIDTH, plain
 from scpl_compile.emit.stages import stages_source, stamp
 from scpl_compile.errors import EmitError, ScplError
 from scpl_compile.ir import Plan, from_json, to_json
 from scpl_compile.runtime.program import save_weights
-from scpl_compile.runtime.trainer import allowed_schedules
+from scpl_compile.runtime.schedules import allowed_schedules
 
 __all__ = ["GENERATED", "check_target", "program_directory", "train_source", "write_program"]
 
@@ -40,6 +47,7 @@ def train_source(plan: Plan) -> str:
         picture=_picture(plan),
         schedule=plan.schedule,
         schedules=_others(plan),
+        microbatches="microbatches = 8  # of gpipe, 1f1b and zb\n" if plan.method == "bp" else "",
         devices=",".join(devices),
         threads_per_stage=plan.threads_per_stage,
     )
@@ -47,14 +55,35 @@ def train_source(plan: Plan) -> str:
 
 def _picture(plan: Plan) -> str:
     """The schedule of the first batches, as many as fit; "" if not even one does."""
+    if plan.schedule not in SCHEDULES:
+        return _pipeline_picture(plan)
     for num_steps in (3, 2, 1):
         times = timeline(plan.schedule, plan.num_stages, num_steps)
-        rows = [f"    stage {k}   {row}" for k, row in enumerate(picture(times).splitlines())]
-        if max(map(len, rows)) <= WIDTH:
-            batches = f"batch {', '.join(map(str, range(num_steps)))}"
-            what = f"F forward, B backward with the update, of {batches}"
-            return "\n".join([f"\nSchedule {plan.schedule} ({what}):\n", *rows])
+        batches = f"batch {', '.join(map(str, range(num_steps)))}"
+        what = f"F forward, B backward with the update, of {batches}"
+        if drawn := _drawn(plan, times, what):
+            return drawn
     return ""
+
+
+def _pipeline_picture(plan: Plan) -> str:
+    """One batch in as many micro-batches as fit; those of ddp know no stages."""
+    if plan.schedule not in PIPELINES:
+        return ""
+    for parts in (4, 2, 1):
+        times = pipeline_timeline(plan.schedule, plan.num_stages, parts)
+        what = f"F forward, B backward (I of inputs, W of weights), of {parts} micro-batches"
+        if drawn := _drawn(plan, times, what):
+            return drawn
+    return ""
+
+
+def _drawn(plan: Plan, times: Mapping[Action, tuple[int, int]], what: str) -> str:
+    """The schedule as text; "" where it is too wide."""
+    rows = [f"    stage {k}   {row}" for k, row in enumerate(picture(times).splitlines())]
+    if max(map(len, rows)) > WIDTH:
+        return ""
+    return "\n".join([f"\nSchedule {plan.schedule} ({what}):\n", *rows])
 
 
 def _others(plan: Plan) -> str:

@@ -10,9 +10,11 @@ from scpl_compile.methods.early_exit import EarlyExit, check_options
 from scpl_compile.methods.scpl import Scpl
 from scpl_compile.runtime.loss_options import PAPER, LossOptions
 
-__all__ = ["LAST", "METHODS", "PRESETS", "make_method"]
+__all__ = ["BP_SCHEDULES", "LAST", "METHODS", "PRESETS", "make_method"]
 
 METHODS = ("scpl", "bp", "early_exit")
+BP_SCHEDULES = ("gpipe", "1f1b", "zb", "ddp")
+"""Schedules of backpropagation that may stand for a method, as `--method gpipe`."""
 PRESETS = ("default", "paper")
 LAST = ("through", "released")
 
@@ -26,14 +28,17 @@ def make_method(
 ) -> Method:
     """The method `name` with the options of `preset`, overridden by `options`.
 
+    The name of one of BP_SCHEDULES is bp with that schedule.
+
     preset "paper" is the released algorithm (paper.md section 1). options: those of LossOptions,
     and `last` ("through" or "released").
 
     Raises:
         MethodError: an unknown name, preset or option, or one that the method has no use for.
     """
-    if name not in METHODS:
-        raise MethodError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    if name not in (*METHODS, *BP_SCHEDULES):
+        known = ", ".join((*METHODS, *BP_SCHEDULES))
+        raise MethodError(f"method {name!r} is not one of {known}")
     if preset not in PRESETS:
         raise MethodError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     chosen: dict[str, Scalar] = {"last": "through"}
@@ -43,13 +48,13 @@ def make_method(
     last = str(chosen.pop("last"))
     if last not in LAST:
         raise MethodError(f"option last is {last!r}; it must be one of {', '.join(LAST)}")
-    if name == "bp":
+    if name == "bp" or name in BP_SCHEDULES:
         if options:
             raise MethodError(
-                f"method 'bp' has no local loss, so no option {next(iter(options))!r}; methods "
+                f"method {name!r} has no local loss, so no option {next(iter(options))!r}; methods "
                 "scpl and early_exit have"
             )
-        return Backpropagation()
+        return Backpropagation(name)
     loss_options = LossOptions.from_options(chosen)
     if name == "early_exit":
         check_options(options or {})

@@ -68,7 +68,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     detach: ClassVar[bool] = True
-    schedule: ClassVar[str] = "stream"
+    schedule: str = "stream"
 
     @abstractmethod
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:

@@ -7,11 +7,16 @@ __all__ = ["Backpropagation"]
 
 
 class Backpropagation(Method):
-    """The gradient crosses every cut; only the last stage has a loss (naive model parallelism)."""
+    """The gradient crosses every cut; only the last stage has a loss.
+
+    schedule: "bp", one stage after another (naive model parallelism), or one that runs on ranks.
+    """
 
     name = "bp"
     detach = False
-    schedule = "bp"
+
+    def __init__(self, schedule: str = "bp") -> None:
+        self.schedule = schedule
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """Cross entropy in the last stage."""

@@ -43,7 +43,8 @@ class RankEngine:
         stage: of this rank.
         ranks: this rank's place.
         schedule, first_step, record_events: as of engine.Engine.
-        crossings: for the cut before and the one after this stage, the names of what may cross.
+        crossings: for the cut before and the one after this stage, the names of what may cross,
+            LABELS among them.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class RankEngine:
         self._tokens: list[dist.Work | None] = []
         before, after = crossings
         device, k = stage.lane.device, stage.index
-        is_first, is_last = k == 0, k == ranks.num_stages - 1
+        is_first, is_last = k == 0, k == len(ranks.columns) - 1
         gradients = schedule == "bp"
         with self.telling_failures():
-            self.inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
-            self.outbox = None if is_last else Outbox(ranks.rank_of(k + 1), after, device)
+            self._inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
+            self._outbox = None if is_last else Outbox(ranks.rank_of(k + 1), after, device)
             self._gradients_in = (
                 Inbox(ranks.rank_of(k + 1), after, device) if gradients and not is_last else None
             )
@@ -87,13 +88,13 @@ class RankEngine:
         """
         step, key = self.num_steps, batch_key(values, labels)
         self.num_steps += 1
-        if self.inbox is None:
+        if self._inbox is None:
             self._run(step, values, labels, key)
             return
-        if not self.inbox.knows(key):
+        if not self._inbox.knows(key):
             self.finish()  # to wait for a header while a batch waits here could be for ever
         with self.telling_failures():
-            self.inbox.post(key)
+            self._inbox.post(key)
         self.finish()
         self._pending = (step, values, labels, key)
 
@@ -127,7 +128,7 @@ class RankEngine:
     def _run(self, step: int, values: dict[str, Tensor], labels: Tensor, key: Key) -> None:
         stage = self.stage
         with stage.lane.scope():
-            for kind in step_kinds(self._schedule, stage.index, self._ranks.num_stages):
+            for kind in step_kinds(self._schedule, stage.index, len(self._ranks.columns)):
                 start = time.perf_counter_ns()
                 with self.telling_failures():
                     self._execute(kind, step, values, labels, key)
@@ -141,17 +142,17 @@ class RankEngine:
         stage = self.stage
         match kind:
             case "RECV":
-                if self.inbox is not None:
-                    values = self.inbox.take()
+                if self._inbox is not None:
+                    values = self._inbox.take()
                     labels = values.pop(LABELS)
                 stage.receive(step, values, labels, None)
             case "F":
                 self._pass_gates(step)
                 stage.forward(step)
             case "SEND":
-                assert self.outbox is not None
+                assert self._outbox is not None
                 sent, labels, _ = stage.outgoing(step)
-                self.outbox.send(key, {**sent, LABELS: labels})
+                self._outbox.send(key, {**sent, LABELS: labels})
             case "RECV_B":
                 assert self._gradients_in is not None
                 self._gradients_in.post(key)
@@ -176,7 +177,7 @@ class RankEngine:
     def _open_gates(self, step: int) -> None:
         """Tell every rank whose F waits for this update; the messages are one number."""
         mine = Action(self.stage.index, "U", step)
-        for other in range(self._ranks.num_stages):
+        for other in range(len(self._ranks.columns)):
             if other != mine.stage and any(
                 mine in self._gates(other, later) for later in (step, step + 1)
             ):
@@ -186,7 +187,7 @@ class RankEngine:
                 self._tokens.append(dist.isend(token, to, tag=_TOKENS + step))
 
     def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
-        return gates(self._schedule, Action(stage, "F", step), self._ranks.num_stages)
+        return gates(self._schedule, Action(stage, "F", step), len(self._ranks.columns))
 
     @contextmanager
     def telling_failures(self) -> Iterator[None]:

@@ -9,20 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scpl_compile.actions import Action
+from scpl_compile.actions import SCHEDULES, Action
 from scpl_compile.errors import DataError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs
+from scpl_compile.runtime.batch_engine import BatchEngine
 from scpl_compile.runtime.engine import StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
 from scpl_compile.runtime.randomness import StageRandom, spread_seed
-from scpl_compile.runtime.rank_engine import LABELS, RankEngine, batch_key
+from scpl_compile.runtime.rank_engine import RankEngine
+from scpl_compile.runtime.rank_inference import RankInference, crossing_names
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.replicas import averaged, contrast_globally
-from scpl_compile.runtime.stage import as_tuple, evaluating
+from scpl_compile.runtime.schedules import check_schedule
 from scpl_compile.runtime.trainer import StageClass, Trainer
+from scpl_compile.runtime.whole_batches import whole_batches
 
 __all__ = ["RankTrainer"]
 
@@ -39,6 +42,8 @@ class RankTrainer(Trainer):
         ranks: this rank's place.
         names: of the model's parameters and buffers, by id. read: their first values by name.
         contrast: "local", over the replica's own share of the batch, or "global", over all.
+        microbatches: of gpipe, 1f1b and zb. batch_size: of a full batch of this replica, to be
+            split into them; default: the plan's.
         options: those of Trainer; devices are told by `ranks`.
     """
 
@@ -52,20 +57,22 @@ class RankTrainer(Trainer):
         names: Mapping[int, str],
         read: Callable[[Iterable[str]], dict[str, Tensor]],
         contrast: str = "local",
+        microbatches: int = 1,
+        batch_size: int | None = None,
         **options: Any,
     ) -> None:
         self._ranks = ranks
         self._names = names
         self._read = read
         self._contrast = contrast
+        self._microbatches = (microbatches, batch_size or plan.batch_size)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._num_sent = 0
-        self._num_received = [0] * plan.num_stages
+        self._num_received: dict[int, int] = dict.fromkeys(range(1, ranks.num_columns), 0)
         self._num_saves = 0
-        threads: int = options.get("threads_per_stage") or plan.threads_per_stage
-        torch.set_num_threads(threads)
+        torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
         super().__init__(plan, model, stages, **options)
-        self._stage = self._stages[0]
+        self._inference = RankInference(plan, self._stages, ranks, self._local_exit)
 
     # ------------------------------------------------------------------ what is made
 
@@ -75,16 +82,24 @@ class RankTrainer(Trainer):
         row = range(self.plan.num_stages)
         return tuple(torch.device(ranks.wait_for(f"device/{ranks.rank_of(k)}")) for k in row)
 
-    def _own_stages(self) -> Sequence[int]:
-        return (self._ranks.stage,)
-
-    def _take(self, stage: int, make: StageClass, lane: Lane) -> nn.Module:
-        module = self._make(stage, make)
-        tensors = (*module.parameters(), *module.buffers())
+    def _make_all(
+        self, stages: Sequence[StageClass], lanes: Mapping[int, Lane]
+    ) -> dict[int, nn.Module]:
+        modules = {k: self._make(k, stages[k]) for k in lanes}
+        mine = nn.ModuleList(modules.values())
+        tensors = (*mine.parameters(), *mine.buffers())
         own = [self._names[id(tensor)] for tensor in tensors if id(tensor) in self._names]
-        keep_stage(self.model, module, self._names, self._read(own))
-        contrast_globally(module, self._contrast, self._ranks.replica_group)
-        return module.to(lane.device)
+        keep_stage(self.model, mine, self._names, self._read(own))
+        for k, module in modules.items():
+            contrast_globally(module, self._contrast, self._ranks.replica_group)
+            modules[k] = module.to(lanes[k].device)
+        return modules
+
+    def _check_schedule(self, schedule: str) -> str:
+        return check_schedule(self.plan, schedule, on_ranks=True)
+
+    def _own_stages(self) -> Sequence[int]:
+        return self._ranks.stages
 
     def _stage_seed(self, stage: int) -> int:
         """Every replica draws its own masks; the first those of a run without replicas."""
@@ -92,7 +107,7 @@ class RankTrainer(Trainer):
         return spread_seed(seed, replica) if replica else seed
 
     def _training_step(self, module: nn.Module) -> Callable[..., Any]:
-        if self._ranks.num_replicas == 1:
+        if self._ranks.num_replicas == 1 or self.schedule not in SCHEDULES:
             return super()._training_step(module)
         leaves_some = bool(self.plan.untrained)
         return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
@@ -100,15 +115,23 @@ class RankTrainer(Trainer):
     def _start_engine(
         self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
     ) -> StageEngine:
-        k = self._ranks.stage
-        self._rank_engine = RankEngine(
-            self._stages[0],
-            self._ranks,
-            schedule=self.schedule,
-            crossings=(_crossings(self.plan, k - 1), _crossings(self.plan, k)),
-            first_step=first_step,
-            record_events=self._record_events,
-        )
+        if self.schedule not in SCHEDULES:
+            run = whole_batches(
+                self.plan, self._stages, self._ranks, self.schedule, *self._microbatches
+            )
+            self._rank_engine: BatchEngine | RankEngine = BatchEngine(
+                self._stages, self._ranks, run, first_step
+            )
+        else:
+            (k,) = self._ranks.stages
+            self._rank_engine = RankEngine(
+                self._stages[0],
+                self._ranks,
+                schedule=self.schedule,
+                crossings=(crossing_names(self.plan, k - 1), crossing_names(self.plan, k)),
+                first_step=first_step,
+                record_events=self._record_events,
+            )
         return self._rank_engine
 
     # ------------------------------------------------------------------ training
@@ -125,51 +148,40 @@ class RankTrainer(Trainer):
         ranks = self._ranks
         everything: list[list[tuple[int, dict[str, float]]]] = [[] for _ in self.plan.stages]
         with self._mail_lock:
-            own = self._stage.take_losses()
+            own = {stage.index: stage.take_losses() for stage in self._stages}
             if ranks.rank == 0:
-                everything[0] = own
-                for k in range(1, self.plan.num_stages):
-                    everything[k] = list(self._received(k))
-            elif own and ranks.replica == 0:
-                ranks.post(f"losses/{ranks.stage}/{self._num_sent}", own)
+                for k, rows in (*own.items(), *self._received()):
+                    everything[k] += rows
+            elif ranks.replica == 0 and any(own.values()):
+                ranks.post(f"losses/{ranks.rank}/{self._num_sent}", list(own.items()))
                 self._num_sent += 1
         return everything
 
-    def _received(self, stage: int) -> Iterator[tuple[int, dict[str, float]]]:
-        while True:
-            key = f"losses/{stage}/{self._num_received[stage]}"
-            if (rows := self._ranks.find(key)) is None:
-                return
-            self._ranks.forget(key)
-            self._num_received[stage] += 1
-            yield from ((step, losses) for step, losses in rows)
+    def _received(self) -> Iterator[tuple[int, list[tuple[int, dict[str, float]]]]]:
+        """(stage, rows) of what the other ranks have posted since the last look."""
+        for rank in self._num_received:
+            while True:
+                key = f"losses/{rank}/{self._num_received[rank]}"
+                if (posted := self._ranks.find(key)) is None:
+                    break
+                self._ranks.forget(key)
+                self._num_received[rank] += 1
+                for k, rows in posted:
+                    yield k, [(step, losses) for step, losses in rows]
 
     # ------------------------------------------------------------------ inference
 
-    @torch.no_grad()
     def predict(self, inputs: Inputs) -> list[Tensor]:
-        """The logits of every exit, on the CPU of every rank.
+        """The logits of every exit, float32 on the CPU, on every rank.
 
         Raises:
             DataError: inputs of other names, dtypes, or numbers of dimensions.
         """
         values = named_inputs(self.plan.inputs, inputs)
         self.drain()
-        labels = torch.zeros(next(iter(values.values())).shape[0], dtype=torch.int64)
-        found, _ = self._forward(values, labels)
-        exits = []
-        for i, stage in enumerate(_exit_stages(self.plan)):
-            logits = found[i].float().cpu().contiguous() if i in found else None
-            source = self._ranks.rank_of(stage)
-            shape = torch.tensor(logits.shape if logits is not None else [0, 0])
-            dist.broadcast(shape, source, group=self._ranks.stage_group)
-            if logits is None:
-                logits = torch.empty(*shape.tolist())
-            dist.broadcast(logits, source, group=self._ranks.stage_group)
-            exits.append(logits)
-        return exits
+        labels = torch.zeros(_num_samples(values), dtype=torch.int64)
+        return self._inference.shared(self._inference.run(values, labels)[0])
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
         """Accuracy and cross entropy over `batches`, the same on every rank.
 
@@ -177,54 +189,20 @@ class RankTrainer(Trainer):
             DataError: there is no sample; inputs or labels that do not fit, as in `step`.
         """
         self.drain()
-        exits = _exit_stages(self.plan)
-        tallies = {i: Tally() for i, stage in enumerate(exits) if stage == self._ranks.stage}
+        exits = self._inference.exit_stages
+        tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
             inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
             values = named_inputs(self.plan.inputs, inputs)
-            num_samples = next(iter(values.values())).shape[0]
+            num_samples = _num_samples(values)
             check_labels(labels, num_samples, self.plan.num_classes)
             if len(labels) != num_samples:
                 raise DataError(f"{num_samples} samples have {len(labels)} labels")
             if index % self._ranks.num_replicas == self._ranks.replica:
-                found, labels = self._forward(values, labels)
+                found, labels = self._inference.run(values, labels)
                 for i, logits in found.items():
                     tallies[i].add([logits], labels)
         return self._together(tallies, len(exits))
-
-    def _forward(
-        self, values: dict[str, Tensor], labels: Tensor
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """This stage's part of the inference: its exits' logits by exit, and the labels."""
-        engine, stage, k = self._rank_engine, self._stage, self._ranks.stage
-        key = ("evaluation", *batch_key(values, labels))
-        with engine.telling_failures(), stage.lane.scope():
-            if engine.inbox is not None:
-                engine.inbox.post(key)
-                values = engine.inbox.take()
-                labels = values.pop(LABELS)
-            values = stage.lane.receive(values, None)
-            spec = self.plan.stages[k]
-            with evaluating([stage.module]):
-                outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
-                values |= dict(zip(spec.outputs, outputs, strict=True))
-                found = self._exits(values)
-            if engine.outbox is not None:
-                sent = {name: values[name] for name in _crossings(self.plan, k) if name in values}
-                engine.outbox.send(key, {**sent, LABELS: labels.to(stage.lane.device)})
-        return found, labels
-
-    def _exits(self, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        found = {}
-        for i, stage in enumerate(_exit_stages(self.plan)):
-            if stage == self._ranks.stage:
-                is_last = i == len(_exit_stages(self.plan)) - 1
-                found[i] = (
-                    values[self.plan.outputs[0]]
-                    if is_last
-                    else self._local_exit(self._stage, values)
-                )
-        return found
 
     def _together(self, tallies: Mapping[int, Tally], num_exits: int) -> Evaluation:
         """The sums of all ranks."""
@@ -244,38 +222,43 @@ class RankTrainer(Trainer):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As Trainer's, on rank 0; elsewhere the tensors of this rank's stage."""
+        """As Trainer's, on rank 0; elsewhere the tensors of this rank's stages."""
         self.drain()
-        self._stage.check_finite()
+        own: dict[str, Tensor] = {}
+        for stage in self._stages:
+            stage.check_finite()
+            state = stage.module.state_dict()
+            for name in self._state_names(stage.index):
+                own[name] = state[name].detach().to("cpu", copy=True).contiguous()
         ranks = self._ranks
-        own = self._own_state()
-        if ranks.rank != 0:
-            if ranks.replica == 0:
-                for name in sorted(own):
+        if ranks.rank == 0:
+            return self._complete_state(own)
+        if ranks.replica == 0:
+            for k in ranks.stages:
+                for name in self._state_names(k):
                     dist.send(own[name], 0)
-            return own
-        shapes = self.model.state_dict(keep_vars=True)
-        for k in range(1, self.plan.num_stages):
-            for name in sorted(self._state_names(k)):
-                own[name] = torch.empty(shapes[name].shape, dtype=shapes[name].dtype)
-                dist.recv(own[name], k)
-        first = {id(shapes[name]): value for name, value in own.items()}
-        rest = [name for name, value in shapes.items() if id(value) not in first]
-        unused = self._read(rest)
+        return own
+
+    def _complete_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`state` of rank 0 with the other ranks' tensors, and those that no stage has."""
+        model = self.model.state_dict(keep_vars=True)
+        others = [k for k in range(self.plan.num_stages) if k not in self._ranks.stages]
+        for k in sorted(others, key=lambda k: (self._ranks.columns[k], k)):
+            for name in self._state_names(k):
+                state[name] = torch.empty(model[name].shape, dtype=model[name].dtype)
+                dist.recv(state[name], self._ranks.rank_of(k))
+        # A shared tensor has several names and one value.
+        values = {id(model[name]): value for name, value in state.items()}
+        unused = self._read(name for name, value in model.items() if id(value) not in values)
         return {
-            name: first[id(value)] if id(value) in first else unused[name]
-            for name, value in shapes.items()
+            name: values[id(value)] if id(value) in values else unused[name]
+            for name, value in model.items()
         }
 
     def _state_names(self, stage: int) -> list[str]:
         """The names in the model's state_dict that `stage` answers for."""
         spec, known = self.plan.stages[stage], self.model.state_dict()
         return [name for name in (*spec.parameters, *spec.buffers) if name in known]
-
-    def _own_state(self) -> dict[str, Tensor]:
-        state = self._stage.module.state_dict()
-        names = self._state_names(self._ranks.stage)
-        return {n: state[n].detach().to("cpu", copy=True).contiguous() for n in names}
 
     def save(
         self,
@@ -297,10 +280,10 @@ class RankTrainer(Trainer):
         ranks, count = self._ranks, self._num_saves
         if ranks.rank != 0:
             self.take_losses()  # first: a checkpoint's losses are in the log before it counts
-            ranks.post(f"saved/{count}/{ranks.stage}", True)
+            ranks.post(f"saved/{count}/{ranks.rank}", True)
             return False
-        for k in range(1, self.plan.num_stages):
-            ranks.wait_for(f"saved/{count}/{k}")
+        for rank in range(1, ranks.num_columns):
+            ranks.wait_for(f"saved/{count}/{rank}")
         return True
 
     def wait_saved(self) -> None:
@@ -314,18 +297,10 @@ class RankTrainer(Trainer):
         """
         super().load(directory)
         if self._ranks.replica:
-            seed = spread_seed(self._stage_seed(self._ranks.stage), self.num_steps)
-            self._stage.random = StageRandom(seed, self._stage.lane.device)
+            for stage in self._stages:
+                seed = spread_seed(self._stage_seed(stage.index), self.num_steps)
+                stage.random = StageRandom(seed, stage.lane.device)
 
 
-def _crossings(plan: Plan, cut: int) -> tuple[str, ...]:
-    """Names of what may cross `cut`, labels among them; none outside of the model."""
-    if not 0 <= cut < len(plan.cuts):
-        return ()
-    return (*(crossing.name for crossing in plan.cuts[cut].crossings), LABELS)
-
-
-def _exit_stages(plan: Plan) -> tuple[int, ...]:
-    """The stage of every exit, in the order in which Trainer.predict gives them."""
-    early = [int(text[:-1]) for text in plan.inference if not text.endswith("F")]
-    return (*early, plan.num_stages - 1)
+def _num_samples(values: Mapping[str, Tensor]) -> int:
+    return next(iter(values.values())).shape[0]

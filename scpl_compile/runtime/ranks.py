@@ -120,14 +120,15 @@ class _Watch:
 class Ranks:
     """This rank's place, and the store.
 
-    rank, world_size: of torch.distributed. num_stages: ranks in a row, one per stage. device: where
-    this rank's tensors live. mesh: DeviceMesh (replica, stage). watch: ends this process when
-    another rank fails. owns_group: whether the process group was made here.
+    rank, world_size: of torch.distributed. columns: for every stage its place in a row of ranks
+    (schedules.stage_columns). device: where this rank's tensors live. mesh: DeviceMesh (replica,
+    stage). watch: ends this process when another rank fails. owns_group: whether the process group
+    was made here.
     """
 
     rank: int
     world_size: int
-    num_stages: int
+    columns: tuple[int, ...]
     device: torch.device
     mesh: DeviceMesh
     store: Store
@@ -135,23 +136,29 @@ class Ranks:
     owns_group: bool
 
     @property
-    def stage(self) -> int:
-        """The stage of this rank: its column."""
-        return self.rank % self.num_stages
+    def num_columns(self) -> int:
+        """Ranks in a row."""
+        return 1 + max(self.columns)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages of this rank."""
+        mine = self.rank % self.num_columns
+        return tuple(k for k, column in enumerate(self.columns) if column == mine)
 
     @property
     def replica(self) -> int:
         """The replica that this rank belongs to: its row."""
-        return self.rank // self.num_stages
+        return self.rank // self.num_columns
 
     @property
     def num_replicas(self) -> int:
         """Rows of the mesh."""
-        return self.world_size // self.num_stages
+        return self.world_size // self.num_columns
 
     def rank_of(self, stage: int) -> int:
         """The rank that runs `stage` in this rank's replica."""
-        return self.replica * self.num_stages + stage
+        return self.replica * self.num_columns + self.columns[stage]
 
     @property
     def replica_group(self) -> dist.ProcessGroup:
@@ -222,7 +229,8 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told."""
-        place = "" if self.rank == 0 else f"rank {self.rank} (stage {self.stage}): "
+        where = f"stage {', '.join(map(str, self.stages))}"
+        place = "" if self.rank == 0 else f"rank {self.rank} ({where}): "
         text = f"{error}" if isinstance(error, ScplError) else f"{type(error).__name__}: {error}"
         if self.store.add("scpl/failures", 1) == 1:
             self.store.set(_FAILURE, f"{place}{text}")
@@ -231,8 +239,14 @@ class Ranks:
         _wait_told(self.store)
 
     def leave(self) -> None:
-        """Close the connections that `join` has made, once all ranks are here."""
-        self.barrier()
+        """Close the connections that `join` has made, once all ranks are here.
+
+        They meet in the store, not in a barrier: gloo's thread lets go of a barrier's tensors after
+        its end, and if Python ends meanwhile, the process is aborted.
+        """
+        self.post(f"left/{self.rank}", True)
+        for rank in range(self.world_size):
+            self.wait_for(f"left/{rank}")
         self.watch.stop()
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -251,11 +265,12 @@ def _wait_told(store: Store) -> None:
         time.sleep(_POLL_S / 10)
 
 
-def join(num_stages: int, devices: Sequence[str], digest: str) -> Ranks:
+def join(columns: tuple[int, ...], devices: Sequence[str], digest: str) -> Ranks:
     """Connect this process with the other ranks.
 
-    num_stages: ranks in a row of the mesh. devices: of the stages, as Trainer takes them; "auto" in
-    it stands for the GPU with the local rank, or the CPU. digest: of the program, the same on all.
+    columns: for every stage its place in a row of ranks. devices: of the stages, as Trainer takes
+    them; "auto" alone stands for the GPU with the local rank, or the CPU. digest: of the program,
+    the same on all.
 
     Raises:
         MethodError: another number of ranks than the stages need; a backend that torch lacks; ranks
@@ -263,20 +278,25 @@ def join(num_stages: int, devices: Sequence[str], digest: str) -> Ranks:
         TrainingError: the ranks do not find each other.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _check_world(world_size, num_stages)
-    device = _device_of(devices, rank % num_stages, num_stages)
+    width = 1 + max(columns)
+    if world_size % width:
+        raise MethodError(
+            f"{world_size} ranks for {len(columns)} stages on {width} ranks; start {width} of "
+            f"them, or a multiple for replicas: torchrun --nproc-per-node {width} train.py"
+        )
+    device = _device_of(devices, columns.index(rank % width), len(columns))
     backend = _backend(device)
     owns_group = not dist.is_initialized()
     if owns_group:
         _init_group(backend, device)
     store = dist.distributed_c10d._get_default_store()
     mesh = init_device_mesh(
-        device.type, (world_size // num_stages, num_stages), mesh_dim_names=("replica", "stage")
+        device.type, (world_size // width, width), mesh_dim_names=("replica", "stage")
     )
     ranks = Ranks(
         rank=rank,
         world_size=world_size,
-        num_stages=num_stages,
+        columns=columns,
         device=device,
         mesh=mesh,
         store=store,
@@ -289,14 +309,6 @@ def join(num_stages: int, devices: Sequence[str], digest: str) -> Ranks:
         ranks.fail(error)
         raise SystemExit(1) from None
     return ranks
-
-
-def _check_world(world_size: int, num_stages: int) -> None:
-    if world_size % num_stages:
-        raise MethodError(
-            f"{world_size} ranks for {num_stages} stages; start {num_stages} of them, or a "
-            f"multiple for replicas: torchrun --nproc-per-node {num_stages} train.py"
-        )
 
 
 def _device_of(devices: Sequence[str], stage: int, num_stages: int) -> torch.device:

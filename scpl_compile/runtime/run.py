@@ -27,6 +27,7 @@ from scpl_compile.runtime.progress import Progress, say
 from scpl_compile.runtime.ranks import Ranks, join, leads, wants_ranks
 from scpl_compile.runtime.run_directory import Follower, RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
+from scpl_compile.runtime.schedules import check_schedule, stage_columns
 from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.version import __version__
@@ -98,7 +99,7 @@ def open_loader(
         seed=seed,
         drop_last=num_samples > batch_size and num_samples % batch_size < 2 * num_replicas,
         share=(replica, num_replicas),
-        reads=ranks is None or ranks.stage == 0,
+        reads=ranks is None or 0 in ranks.stages,
     )
     if loader.fit_notice:
         say(loader.fit_notice)
@@ -147,7 +148,9 @@ class Run:
     def _join(self) -> Ranks:
         """Meet the other ranks, which must have been started alike."""
         names = split_devices(self.options.devices, 10**6) if self.options.devices != "auto" else ()
-        ranks = join(self.plan.num_stages, names or ("auto",), self.plan.digest)
+        schedule = check_schedule(self.plan, self.options.schedule, on_ranks=True)
+        columns = stage_columns(schedule, self.plan.num_stages)
+        ranks = join(columns, names or ("auto",), self.plan.digest)
         try:
             options = {f"--{name.replace('_', '-')}": v for name, v in vars(self.options).items()}
             ranks.agree(options, "start every rank with the same options")
@@ -233,9 +236,9 @@ class Run:
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
-            ranks=self._ranks,
             contrast=options.contrast,
             wire_dtype=options.wire_dtype,
+            **self._rank_options(),
         )
         self._stack.callback(trainer.close)
         self.trainer = trainer
@@ -256,6 +259,14 @@ class Run:
             self._progress = self._stack.enter_context(bar)
         self._start = time.perf_counter()
         return trainer
+
+    def _rank_options(self) -> dict[str, Any]:
+        """What the trainer of a rank takes beside the options of every trainer."""
+        if self._ranks is None:
+            return {}
+        num_samples = self.options.batch_size // self._ranks.num_replicas
+        microbatches = getattr(self.options, "microbatches", 1)
+        return {"ranks": self._ranks, "microbatches": microbatches, "batch_size": num_samples}
 
     def epochs(self, loader: Loader) -> Iterator[tuple[int, int]]:
         """(epoch, first batch) until all steps are done."""

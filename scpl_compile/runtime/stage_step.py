@@ -118,6 +118,9 @@ class StageStep:
         flight.sent = dict(zip(self.sends, as_tuple(sent), strict=True))
         flight.sent = {name: self.options.narrow(value) for name, value in flight.sent.items()}
         flight.losses = losses
+        self._note_finite(step, losses)
+
+    def _note_finite(self, step: int, losses: Mapping[str, Tensor]) -> None:
         if losses:
             scalars = [loss.detach().float().reshape(()) for loss in losses.values()]
             total = torch.stack(scalars).sum()
@@ -145,8 +148,7 @@ class StageStep:
     def backward(self, step: int) -> None:
         """B: backward of the local losses and, in backpropagation, of what was sent."""
         flight = self._flight(step)
-        losses = [loss for loss in flight.losses.values() if loss.requires_grad]
-        roots = [self._descent.root(loss) for loss in losses]
+        roots = self._roots(flight.losses)
         seeds: list[Tensor | None] = [None] * len(roots)
         for name, gradient in flight.gradients.items():
             roots.append(flight.sent[name])
@@ -154,6 +156,13 @@ class StageStep:
         if roots:
             with self.random.drawing() if self.recomputes else nullcontext():
                 torch.autograd.backward(roots, seeds)
+
+    def backward_of(self, losses: Mapping[str, Tensor]) -> None:
+        """B alone, of losses that were computed elsewhere."""
+        torch.autograd.backward(self._roots(losses))
+
+    def _roots(self, losses: Mapping[str, Tensor]) -> list[Tensor]:
+        return [self._descent.root(loss) for loss in losses.values() if loss.requires_grad]
 
     def input_gradients(self, step: int) -> tuple[dict[str, Tensor], Mark]:
         """SEND_B: the gradients of the tensors that this stage received."""
@@ -165,9 +174,16 @@ class StageStep:
     def update(self, step: int) -> None:
         """U: the optimizer's share; the step is over for this stage."""
         flight = self._in_flight.pop(step)
+        self._end(step, flight.losses)
+
+    def update_after(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """U alone, where forward and backward were run by another schedule, with these losses."""
+        self._note_finite(step, losses)
+        self._end(step, losses)
+
+    def _end(self, step: int, losses: Mapping[str, Tensor]) -> None:
         self._descent.update(step)
-        losses = {name: loss.detach() for name, loss in flight.losses.items()}
-        self._finished.append((step, losses))
+        self._finished.append((step, {name: loss.detach() for name, loss in losses.items()}))
 
     def _flight(self, step: int) -> _InFlight:
         if step not in self._in_flight:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_compile.actions import Action
-from scpl_compile.errors import DataError, MethodError, ProgramError
+from scpl_compile.errors import DataError, ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.batch import (
@@ -26,22 +26,18 @@ from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.optim import make_optimizer, read_options
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.saver import Saver
+from scpl_compile.runtime.schedules import check_schedule
 from scpl_compile.runtime.settings import Setting
 from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.step_options import StepOptions
 
-__all__ = ["Evaluation", "StageClass", "Trainer", "allowed_schedules"]
+__all__ = ["Evaluation", "StageClass", "Trainer"]
 
 StageClass = Callable[[nn.Module], nn.Module]
 """An emitted stage class: made from the model whose modules it takes."""
 
 _HEADS, _STAGE = 1, 2  # what a seed is spread for: the heads' first weights, a stage's own stream
-
-
-def allowed_schedules(plan: Plan) -> tuple[str, ...]:
-    """The schedules that the plan's method allows; the first is the default."""
-    return ("bp",) if plan.schedule == "bp" else ("stream", "in_step", "sequential")
 
 
 class Trainer:
@@ -112,7 +108,7 @@ class Trainer:
         self.learning_rate = learning_rate(lr, lr_schedule, total_steps, warmup=warmup)
         start_training(model)
         lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
-        modules = {k: self._take(k, stages[k], lane) for k, lane in lanes.items()}
+        modules = self._make_all(stages, lanes)
         how = StepOptions(
             amp=amp,
             channels_last=channels_last,
@@ -131,7 +127,7 @@ class Trainer:
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
                 learning_rate=self.learning_rate,
                 random=StageRandom(self._stage_seed(k), lanes[k].device),
-                detach=self.schedule != "bp",
+                detach=self.schedule in ("stream", "in_step", "sequential"),
                 draws=k in draws,
                 recomputes=k in recomputes,
                 training_step=self._training_step(module),
@@ -144,6 +140,9 @@ class Trainer:
         self._engine = self._start_engine(0, actions)
         self._saver = Saver(self._stages, plan.num_stages, self._is_saved)
         self._has_warned = False
+
+    def _check_schedule(self, schedule: str) -> str:
+        return check_schedule(self.plan, schedule, on_ranks=False)
 
     def _resolve_devices(self, names: tuple[str, ...]) -> tuple[torch.device, ...]:
         """The device of every stage."""
@@ -179,23 +178,16 @@ class Trainer:
         """Whether, now that the own stages' files are written, this process completes the set."""
         return True
 
-    def _take(self, stage: int, make: StageClass, lane: Lane) -> nn.Module:
-        """The stage's module on its device."""
-        return self._make(stage, make).to(lane.device)
+    def _make_all(
+        self, stages: Sequence[StageClass], lanes: Mapping[int, Lane]
+    ) -> dict[int, nn.Module]:
+        """The module of every own stage, on its device."""
+        return {k: self._make(k, stages[k]).to(lane.device) for k, lane in lanes.items()}
 
     def _make(self, stage: int, make: StageClass) -> nn.Module:
         """The stage's module, with heads that depend on the seed alone."""
         with seeded(spread_seed(self.seed, _HEADS, stage)):
             return make(self.model)
-
-    def _check_schedule(self, schedule: str) -> str:
-        allowed = allowed_schedules(self.plan)
-        if schedule not in allowed:
-            raise MethodError(
-                f"schedule {schedule!r} does not go with method {self.plan.method!r}, which allows "
-                f"{', '.join(allowed)}; for it, {_compile_again(self.plan, schedule)}"
-            )
-        return schedule
 
     # ------------------------------------------------------------------ training
 
@@ -392,21 +384,6 @@ class Trainer:
 
 def _batch_size(values: Mapping[str, Tensor]) -> int:
     return next(iter(values.values())).shape[0]
-
-
-def _compile_again(plan: Plan, schedule: str) -> str:
-    """How to get a program of the same model that allows `schedule`."""
-    method = "bp" if schedule == "bp" else "scpl"
-    if plan.source is None:
-        return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
-    plain = {k: v for k, v in plan.source.config.items() if isinstance(v, (bool, int, float, str))}
-    config = ",".join(f"{key}={value}" for key, value in plain.items())
-    return (
-        f"compile with: scpl compile {plan.model} --method {method} "
-        f"--input '{','.join(map(str, plan.inputs))}' --stages {plan.num_stages} "
-        + (f"--config {config} " if config else "")
-        + "-o DIR"
-    )
 
 
 def _sends(plan: Plan, stage: int) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from views import FIRST, LAST, TEXT
 from golden_models import NestedCnn, Transformer
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import LocalLoss, Plan
+from scpl_compile.methods import BP_SCHEDULES, METHODS, PRESETS, make_method
 from scpl_compile.methods import LAST as LAST_KINDS
-from scpl_compile.methods import METHODS, PRESETS, make_method
 from scpl_compile.methods.base import Method
 from scpl_compile.runtime.losses import LocalLoss as LocalLossModule
 
@@ -24,7 +24,10 @@ def test_every_method_is_made_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "gpipe"}, "method 'gpipe' is not one of scpl, bp, early_exit"),
+        (
+            {"name": "gpip"},
+            "method 'gpip' is not one of scpl, bp, early_exit, gpipe, 1f1b, zb, ddp",
+        ),
         ({"name": "scpl", "preset": "papre"}, "preset 'papre' is not one of default, paper"),
         ({"name": "scpl", "options": {"last": "no"}}, "option last is 'no'.*through, released"),
         ({"name": "scpl", "options": {"temprature": 1.0}}, "did you mean temperature"),
@@ -44,6 +47,12 @@ def test_every_method_is_made_by_its_name() -> None:
 def test_what_does_not_exist_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(MethodError, match=message):
         make_method(**arguments)
+
+
+@pytest.mark.parametrize("name", BP_SCHEDULES)
+def test_a_schedule_of_backpropagation_stands_for_the_method(name: str) -> None:
+    method = make_method(name)
+    assert (method.name, method.schedule, method.detach) == ("bp", name, False)
 
 
 def test_options_override_a_preset() -> None:

@@ -1,0 +1,109 @@
+"""Inference over ranks: every rank runs its stages in order and hands on what crosses."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scpl_compile.ir import Plan
+from scpl_compile.runtime.rank_engine import LABELS, batch_key
+from scpl_compile.runtime.ranks import Ranks
+from scpl_compile.runtime.stage import as_tuple, evaluating
+from scpl_compile.runtime.stage_step import StageStep
+from scpl_compile.runtime.wire import Inbox, Outbox
+
+__all__ = ["RankInference", "crossing_names"]
+
+LocalExit = Callable[[StageStep, Mapping[str, Tensor]], Tensor]
+"""The logits of a stage's local classifier."""
+
+
+class RankInference:
+    """The share of this rank in the inference of a plan.
+
+    local_exit: gives the logits of a stage's local classifier.
+    """
+
+    def __init__(
+        self, plan: Plan, stages: Sequence[StageStep], ranks: Ranks, local_exit: LocalExit
+    ) -> None:
+        self.exit_stages = _exit_stages(plan)
+        self._plan = plan
+        self._stages = sorted(stages, key=lambda stage: stage.index)
+        self._ranks = ranks
+        self._local_exit = local_exit
+        own = set(ranks.stages)
+        last = plan.num_stages - 1
+        names = {k: crossing_names(plan, k) for k in range(last)}
+        self._inboxes = {
+            k: Inbox(ranks.rank_of(k - 1), names[k - 1], ranks.device)
+            for k in own
+            if k > 0 and k - 1 not in own
+        }
+        self._outboxes = {
+            k: Outbox(ranks.rank_of(k + 1), names[k], ranks.device)
+            for k in own
+            if k < last and k + 1 not in own
+        }
+
+    @torch.no_grad()
+    def run(self, values: dict[str, Tensor], labels: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """The logits of this rank's exits, by their number, and the batch's labels.
+
+        Every rank calls it with a batch of the same shapes; the values are used where stage 0 is.
+        """
+        key = ("inference", *batch_key(values, labels))
+        found: dict[int, Tensor] = {}
+        with evaluating([stage.module for stage in self._stages]):
+            for stage in self._stages:
+                k, spec = stage.index, self._plan.stages[stage.index]
+                with stage.lane.scope():
+                    if (inbox := self._inboxes.get(k)) is not None:
+                        inbox.post(key)
+                        values = inbox.take()
+                        labels = values.pop(LABELS)
+                    values = stage.options.arrange(stage.lane.receive(values, None))
+                    with stage.autocast():
+                        given = stage.module(*(values[name] for name in spec.inputs))
+                    values |= dict(zip(spec.outputs, as_tuple(given), strict=True))
+                    found |= self._exits(stage, values)
+                    if (outbox := self._outboxes.get(k)) is not None:
+                        outbox.send(key, {**values, LABELS: labels.to(stage.lane.device)})
+        return found, labels
+
+    def _exits(self, stage: StageStep, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Those of one stage: its local classifier, and the model's own logits from the last."""
+        last = len(self.exit_stages) - 1
+        return {
+            i: values[self._plan.outputs[0]] if i == last else self._local_exit(stage, values)
+            for i, k in enumerate(self.exit_stages)
+            if k == stage.index
+        }
+
+    def shared(self, found: Mapping[int, Tensor]) -> list[Tensor]:
+        """The logits of every exit, float32 on the CPU, on every rank of the replica."""
+        exits = []
+        for i, stage in enumerate(self.exit_stages):
+            logits = found[i].float().cpu().contiguous() if i in found else torch.empty(0, 0)
+            source, group = self._ranks.rank_of(stage), self._ranks.stage_group
+            shape = torch.tensor(logits.shape)
+            dist.broadcast(shape, source, group=group)
+            if i not in found:
+                logits = torch.empty(*shape.tolist())
+            dist.broadcast(logits, source, group=group)
+            exits.append(logits)
+        return exits
+
+
+def crossing_names(plan: Plan, cut: int) -> tuple[str, ...]:
+    """Names of what may cross `cut`, labels among them; none outside of the model."""
+    if not 0 <= cut < len(plan.cuts):
+        return ()
+    return (*(crossing.name for crossing in plan.cuts[cut].crossings), LABELS)
+
+
+def _exit_stages(plan: Plan) -> tuple[int, ...]:
+    """The stage of every exit, in the order in which Trainer.predict gives them."""
+    early = [int(text[:-1]) for text in plan.inference if not text.endswith("F")]
+    return (*early, plan.num_stages - 1)

@@ -1,0 +1,71 @@
+"""Which schedules a plan allows, where they run, and which rank holds which stage."""
+
+from scpl_compile.actions import PIPELINES, placement
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import Plan
+
+__all__ = ["WHOLE", "allowed_schedules", "check_schedule", "is_parallel", "stage_columns"]
+
+WHOLE = "ddp"
+"""The unsplit model on every rank, each with its share of the batch."""
+_ON_RANKS = (*PIPELINES, WHOLE)
+
+
+def allowed_schedules(plan: Plan) -> tuple[str, ...]:
+    """The schedules that the plan's method allows; the first is the default in one process."""
+    if any(cut.detach for cut in plan.cuts) or plan.method != "bp":
+        return ("stream", "in_step", "sequential")
+    return ("bp", *_ON_RANKS)
+
+
+def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
+    """`schedule`, where the plan allows it here.
+
+    Raises:
+        MethodError: the method has no such schedule; it needs ranks.
+    """
+    allowed = allowed_schedules(plan)
+    if schedule not in allowed:
+        raise MethodError(
+            f"schedule {schedule!r} does not go with method {plan.method!r}, which allows "
+            f"{', '.join(allowed)}; for it, {_compile_again(plan, schedule)}"
+        )
+    if schedule in _ON_RANKS and not on_ranks:
+        columns = 1 + max(stage_columns(schedule, plan.num_stages))
+        count = max(2, columns)
+        raise MethodError(
+            f"schedule {schedule!r} runs on ranks; start with: torchrun --standalone "
+            f"--nproc-per-node {count} train.py --schedule {schedule}"
+        )
+    return schedule
+
+
+def is_parallel(schedule: str) -> bool:
+    """Whether several stages, or replicas, work at the same time."""
+    return schedule not in ("sequential", "bp")
+
+
+def stage_columns(schedule: str, num_stages: int) -> tuple[int, ...]:
+    """For every stage the place in its row of ranks.
+
+    Raises:
+        MethodError: the schedule cannot place so many stages.
+    """
+    if schedule == WHOLE:
+        return (0,) * num_stages
+    return placement(schedule, num_stages) if schedule in PIPELINES else tuple(range(num_stages))
+
+
+def _compile_again(plan: Plan, schedule: str) -> str:
+    """How to get a program of the same model that allows `schedule`."""
+    method = "bp" if schedule in ("bp", *_ON_RANKS) else "scpl"
+    if plan.source is None:
+        return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
+    plain = {k: v for k, v in plan.source.config.items() if isinstance(v, (bool, int, float, str))}
+    config = ",".join(f"{key}={value}" for key, value in plain.items())
+    return (
+        f"compile with: scpl compile {plan.model} --method {method} "
+        f"--input '{','.join(map(str, plan.inputs))}' --stages {plan.num_stages} "
+        + (f"--config {config} " if config else "")
+        + "-o DIR"
+    )
