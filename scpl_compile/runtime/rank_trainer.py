@@ -61,7 +61,7 @@ class RankTrainer(Trainer):
         batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        self._ranks = ranks
+        self._ranks = ranks = ranks.apart()  # from the trainers before it
         self._names = names
         self._read = read
         self._contrast = contrast
@@ -272,11 +272,11 @@ class RankTrainer(Trainer):
         """
         self._rank_engine.finish()
         if self._ranks.replica == 0:
-            self._num_saves += 1
             super().save(run, facts, before_complete=before_complete)
 
     def _is_saved(self) -> bool:
-        """In the writer's thread."""
+        """In the writer's thread, which alone counts: another save may have been asked for."""
+        self._num_saves += 1
         ranks, count = self._ranks, self._num_saves
         if ranks.rank != 0:
             self.take_losses()  # first: a checkpoint's losses are in the log before it counts
