@@ -108,8 +108,8 @@ def test_rank_0_tells_the_first_failure_alone_and_once(monkeypatch: pytest.Monke
     [
         (ValueError("no such"), "error: ValueError: no such\n"),
         (
-            torch.OutOfMemoryError("full"),
-            "error: OutOfMemoryError: full; there is not enough memory: give",
+            MemoryError("full"),
+            "error: MemoryError: full; there is not enough memory: give a smaller --batch-size",
         ),
     ],
 )
