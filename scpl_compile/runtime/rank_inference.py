@@ -85,12 +85,14 @@ class RankInference:
         """The logits of every exit, float32 on the CPU, on every rank of the replica."""
         exits = []
         for i, stage in enumerate(self.exit_stages):
-            logits = found[i].float().cpu().contiguous() if i in found else torch.empty(0, 0)
+            # A copy: a last stage that only looks at its input differently gives the buffer.
+            own = found[i].to("cpu", torch.float32, copy=True) if i in found else torch.empty(0, 0)
+            logits = own.contiguous()
             source, group = self._ranks.rank_of(stage), self._ranks.stage_group
             shape = torch.tensor(logits.shape)
             dist.broadcast(shape, source, group=group)
             if i not in found:
-                logits = torch.empty(*shape.tolist())
+                logits = torch.empty(*shape.tolist(), dtype=torch.float32)
             dist.broadcast(logits, source, group=group)
             exits.append(logits)
         return exits
