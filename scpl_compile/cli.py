@@ -166,16 +166,15 @@ def _plan_object(plan: Any) -> dict[str, Any]:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @_telling_errors
 def train(directory: Path, arguments: tuple[str, ...]) -> None:
-    """Run DIRECTORY/train.py.
+    """Run DIRECTORY/train.py, on a process per stage where stages work at the same time.
 
-    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them.
+    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them; --engine
+    threads keeps all stages in one process.
     """
-    script = directory / "train.py"
-    if not script.is_file():
-        from scpl_compile.errors import ProgramError
+    from scpl_compile.train_command import train_command
 
-        raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
-    sys.exit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+    command = train_command(directory, arguments)
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 @main.command()
