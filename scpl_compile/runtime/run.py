@@ -30,7 +30,11 @@ from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.version import __version__
 
-__all__ = ["Run", "evaluation_facts", "launch", "open_loader", "versions"]
+__all__ = ["TRAINING", "Run", "evaluation_facts", "launch", "open_loader", "versions"]
+
+TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
+            "clip_norm", "accumulate", "amp", "channels_last")  # fmt: skip
+"""The options that go to the trainer as they are."""
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -160,9 +164,7 @@ class Run:
         options = self.options
         trainer = build_trainer(
             devices=split_devices(options.devices, self.plan.num_stages),
-            optimizer=options.optimizer,
-            lr=options.lr,
-            lr_schedule=options.lr_schedule,
+            **{name: getattr(options, name) for name in TRAINING},
             total_steps=self._total_steps,
             schedule=options.schedule,
             seed=options.seed,

@@ -25,8 +25,9 @@ from scpl_compile.runtime.options import Options
 
 __all__ = ["RunDirectory", "trained_steps"]
 
-_COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "lr", "lr_schedule",
-             "seed", "threads_per_stage")  # fmt: skip
+_COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
+             "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate", "amp",
+             "channels_last", "seed", "threads_per_stage")  # fmt: skip
 """Options that a resumed run must share with the run that it continues."""
 
 

@@ -119,7 +119,9 @@ def test_the_time_of_a_validation_does_not_count(
 def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
     options = Namespace(
         data="random:64", augment="basic", batch_size=16, epochs=3, steps=0, optimizer="sgd",
-        lr=0.5, lr_schedule="constant", schedule="in_step", devices="cpu,cpu", seed=7,
+        optimizer_options="momentum=0.9", weight_decay=0.1, warmup=2, clip_norm=1.0, accumulate=2,
+        amp="bf16", channels_last=True, lr=0.5, lr_schedule="constant", schedule="in_step",
+        devices="cpu,cpu", seed=7, tensorboard=False, trace=False,
         threads_per_stage=2, run_dir="run", save_every=0, log_every=1, resume=False, force=False,
     )  # fmt: skip
     given: dict[str, Any] = {}
@@ -135,6 +137,8 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
         assert next(run.epochs(loader)) == (0, 0)
     assert given == {
         "devices": ("cpu", "cpu"), "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant",
+        "optimizer_options": "momentum=0.9", "weight_decay": 0.1, "warmup": 2, "clip_norm": 1.0,
+        "accumulate": 2, "amp": "bf16", "channels_last": True,
         "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
     }  # fmt: skip
 
