@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import NoneType
@@ -26,7 +26,9 @@ from scpl_compile.runtime.program import missing_module, read_plan
 from scpl_compile.runtime.progress import Progress, say
 from scpl_compile.runtime.run_directory import RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
+from scpl_compile.runtime.scalars import Scalars, summary_writer
 from scpl_compile.runtime.stage_step import KEPT_LOSSES
+from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.version import __version__
 
@@ -35,6 +37,9 @@ __all__ = ["TRAINING", "Run", "evaluation_facts", "launch", "open_loader", "vers
 TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
             "clip_norm", "accumulate", "amp", "channels_last")  # fmt: skip
 """The options that go to the trainer as they are."""
+
+TRACED_STEPS = 200
+"""Of how many last steps --trace tells."""
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -119,6 +124,8 @@ class Run:
         self._num_finished = 0
         self._recent: list[deque[dict[str, float]]] = []
         self._metrics = threading.RLock()  # the writer of checkpoints logs too
+        self._interval = (0.0, 0.0)
+        self._scalars: Scalars | None = None
         self._validated: set[int] = set()
         self._validation: float | None = None
         self._lock = RunLock(self.directory)
@@ -169,21 +176,27 @@ class Run:
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
+            trace_steps=TRACED_STEPS if options.trace else 0,
         )
+        self._stack.callback(self._close_scalars)  # after the trainer, whose saver still logs
         self._stack.callback(trainer.close)
         self.trainer = trainer
         if (path := self._files.resume_from) is not None:
             trainer.load(path)
             say(f"resumed after step {trainer.num_steps} from {path}")
+        writer = summary_writer() if options.tensorboard else None
         self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
         for row in self._files.begin(trainer.num_steps, versions()):
             if "losses" in row:
                 self._recent[row["stage"]].append(row["losses"])
-            else:
+            elif "epoch" in row:
                 self._validated.add(row["step"])
         self._first_step = trainer.num_steps
+        if writer is not None:
+            self._scalars = Scalars(writer, self.directory / "tensorboard", self._first_step)
         self._progress = self._stack.enter_context(Progress(self._total_steps, trainer.num_steps))
         self._start = time.perf_counter()
+        self._restart_interval()
         return trainer
 
     def epochs(self, loader: Loader) -> Iterator[tuple[int, int]]:
@@ -224,8 +237,9 @@ class Run:
         """Writes the losses of what the stages have finished. In any thread: taken is written."""
         with self._metrics:
             finished = self._trainer.take_losses()
-            self._files.append(
-                {"step": step, "stage": stage, "losses": losses}
+            rate = self._trainer.learning_rate
+            self._record(
+                {"step": step, "stage": stage, "losses": losses, "lr": rate(step)}
                 for stage, steps in enumerate(finished)
                 for step, losses in steps
             )
@@ -233,13 +247,49 @@ class Run:
                 recent.extend(losses for _, losses in steps)
             self._num_finished += len(finished[-1])
 
+    def _record(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows to metrics.jsonl, and to TensorBoard where asked."""
+        found = list(rows)
+        self._files.append(found)
+        if self._scalars is not None:
+            self._scalars.add(found)
+
+    def _close_scalars(self) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
+
+    def _restart_interval(self) -> None:
+        """What the next row of the run tells of begins now."""
+        self._trainer.take_usage()
+        self._interval = (time.perf_counter(), self._samples_finished())
+
+    def _samples_finished(self) -> float:
+        """Samples that the last stage has finished, all batches taken as equal."""
+        submitted = self._trainer.num_steps - self._first_step
+        return self._num_samples * self._num_finished / max(submitted, 1)
+
+    def _write_usage(self) -> None:
+        """Writes a row of the run: its rate and how each stage spent its time since the last."""
+        with self._metrics:
+            start, before = self._interval
+            now, samples = time.perf_counter(), self._samples_finished()
+            if samples <= before:
+                return
+            usage = self._trainer.take_usage()
+            self._interval = (now, samples)
+            self._record([{
+                "step": self._trainer.num_steps - 1,
+                "samples_per_second": (samples - before) / max(now - start, 1e-9),
+                "waiting": [stage.waiting for stage in usage],
+                "queue_fill": [stage.queue_fill for stage in usage],
+            }])  # fmt: skip
+
     def _log(self) -> None:
         """Writes the losses of what the stages have finished, and shows their latest mean."""
         self._write_losses()
+        self._write_usage()
         if self._progress is not None:
-            submitted = self._trainer.num_steps - self._first_step
-            samples = self._num_samples * self._num_finished / max(submitted, 1)
-            rate = samples / max(time.perf_counter() - self._start, 1e-9)
+            rate = self._samples_finished() / max(time.perf_counter() - self._start, 1e-9)
             self._progress.show(self._trainer.num_steps, self._losses(), rate, self._validation)
 
     def _losses(self) -> list[dict[str, float]]:
@@ -255,12 +305,14 @@ class Run:
         if not loader.has_split("validation"):
             return
         self._trainer.drain()
+        self._log()
         start = time.perf_counter()
         accuracy = self._trainer.evaluate(loader.evaluation("validation")).accuracy
         step = self._trainer.num_steps - 1
         with self._metrics:
-            self._files.append([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
+            self._record([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
         self._validation = accuracy
+        self._restart_interval()
         self._start += time.perf_counter() - start  # as if training had begun so much later
 
     # ------------------------------------------------------------------ after the loop
@@ -272,6 +324,8 @@ class Run:
         seconds = time.perf_counter() - self._start
         self._log()
         trainer.wait_saved()
+        if self.options.trace:
+            self._files.save_trace(chrome_trace(trainer.events))
         self._files.save_final(trainer.state_dict(), trainer.num_steps)
         self._stack.close()
         found = trainer.evaluate(loader.evaluation("test"))

@@ -3,7 +3,9 @@
 ::
 
     RUN/run.json            plan, options and versions
-        metrics.jsonl       a row per stage and step, and one per epoch
+        metrics.jsonl       a row per stage and step, one per log interval, and one per epoch
+        tensorboard/        the same for TensorBoard
+        trace.json          what the stages did in the last steps (trace.py)
         step-00000050/      checkpoints (checkpoint.py)
         final.safetensors   the trained weights
         result.json         the result; written last
@@ -140,6 +142,11 @@ class RunDirectory:
         facts = {"plan": self._plan_digest, "steps": num_steps}
         with self._writing():  # one key: the order of several is not kept in the file
             checkpoint.save_tensors(self.final, state, {"run": json.dumps(facts)})
+
+    def save_trace(self, trace: Mapping[str, Any]) -> None:
+        """Write trace.json."""
+        with self._writing():
+            (self.path / "trace.json").write_text(json.dumps(trace), "utf-8")
 
     def save_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run is finished."""

@@ -8,10 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.actions import Action
+from scpl_compile.actions import KINDS, Action
 from scpl_compile.errors import DataError, MethodError, ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import (
     Inputs,
     check_labels,
@@ -62,7 +63,8 @@ class Trainer:
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
-        record_events: keep every executed action with its times in `events`.
+        record_events: keep every executed action with its times in `events`; trace_steps: keep
+            those of about so many last steps.
 
     A step returns at once: do not write to its tensors afterwards, and draw random numbers of your
     own inside runtime.own_draws(). Losses are read when asked for.
@@ -96,6 +98,7 @@ class Trainer:
         recompute_stages: Sequence[int] | None = None,
         queue_depth: int = 2,
         record_events: bool = False,
+        trace_steps: int = 0,
         actions: Sequence[Iterator[Action]] | None = None,
     ) -> None:
         self.plan = plan
@@ -136,7 +139,8 @@ class Trainer:
             "schedule": self.schedule,
             "threads_per_stage": self.threads_per_stage,
             "depth": queue_depth,
-            "record_events": record_events,
+            "record_events": record_events or trace_steps > 0,
+            "max_events": None if record_events else trace_steps * plan.num_stages * len(KINDS),
         }
         self._engine = Engine(self._stages, **self._engine_options, actions=actions)
         self._saver = Saver(self._stages)
@@ -207,6 +211,10 @@ class Trainer:
             names = rows[0][1] if rows else {}
             means.append({name: sum(row[name] for _, row in rows) / len(rows) for name in names})
         return means
+
+    def take_usage(self) -> list[Usage]:
+        """For every stage how it spent its time since the last call."""
+        return [stage.activity.take() for stage in self._stages]
 
     def drain(self) -> None:
         """Wait until every stage has finished every submitted step."""
