@@ -108,5 +108,5 @@ def check_outside(devices: Iterable[torch.device]) -> None:
         if torch.is_autocast_enabled(kind):
             raise MethodError(
                 f"torch.autocast({kind!r}) does not reach the stages' workers; leave it off around "
-                "step, and cast inside the model"
+                "step, and give the trainer amp='bf16'"
             )

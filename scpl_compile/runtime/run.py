@@ -324,10 +324,10 @@ class Run:
         seconds = time.perf_counter() - self._start
         self._log()
         trainer.wait_saved()
-        if self.options.trace:
-            self._files.save_trace(chrome_trace(trainer.events))
         self._files.save_final(trainer.state_dict(), trainer.num_steps)
         self._stack.close()
+        if self.options.trace:  # now that the workers have told of their last actions too
+            self._files.save_trace(chrome_trace(trainer.events))
         found = trainer.evaluate(loader.evaluation("test"))
         is_trained = trainer.num_steps > self._first_step  # else all was done before the resume
         result: dict[str, Any] = {
