@@ -166,10 +166,10 @@ def _plan_object(plan: Any) -> dict[str, Any]:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @_telling_errors
 def train(directory: Path, arguments: tuple[str, ...]) -> None:
-    """Run DIRECTORY/train.py, on a process per stage where stages work at the same time.
+    """Run DIRECTORY/train.py.
 
-    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them; --engine
-    threads keeps all stages in one process.
+    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them. Stages that
+    work at the same time get a process each; --engine threads keeps them in one.
     """
     from scpl_compile.train_command import train_command
 

@@ -29,8 +29,8 @@ def train_command(directory: Path, arguments: Sequence[str]) -> list[str]:
     script = directory / "train.py"
     if not script.is_file():
         raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
-    plan = read_plan(directory)
-    num_ranks = _num_ranks(plan, arguments)
+    is_ours = (directory / "plan.json").is_file()
+    num_ranks = _num_ranks(read_plan(directory), arguments) if is_ours else 1
     if num_ranks == 1:
         return [sys.executable, str(script), *arguments]
     launcher = [sys.executable, "-m", "scpl_compile.runtime.launcher", str(num_ranks)]

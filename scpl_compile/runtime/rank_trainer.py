@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from scpl_compile.actions import SCHEDULES, Action
 from scpl_compile.errors import DataError
 from scpl_compile.ir import Plan
-from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs
+from scpl_compile.runtime.activity import Usage
+from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs, num_samples
 from scpl_compile.runtime.batch_engine import BatchEngine
-from scpl_compile.runtime.engine import StageEngine
+from scpl_compile.runtime.engine import Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
@@ -23,7 +25,6 @@ from scpl_compile.runtime.rank_engine import RankEngine
 from scpl_compile.runtime.rank_inference import RankInference, crossing_names
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.replicas import averaged, contrast_globally
-from scpl_compile.runtime.schedules import check_schedule
 from scpl_compile.runtime.trainer import StageClass, Trainer
 from scpl_compile.runtime.whole_batches import whole_batches
 
@@ -47,6 +48,8 @@ class RankTrainer(Trainer):
         options: those of Trainer; devices are told by `ranks`.
     """
 
+    _on_ranks = True
+
     def __init__(
         self,
         plan: Plan,
@@ -69,6 +72,7 @@ class RankTrainer(Trainer):
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._num_sent = 0
         self._num_received: dict[int, int] = dict.fromkeys(range(1, ranks.num_columns), 0)
+        self._usage = {k: Usage(waiting=0.0, queue_fill=0.0) for k in range(plan.num_stages)}
         self._num_saves = 0
         torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
         super().__init__(plan, model, stages, **options)
@@ -94,9 +98,6 @@ class RankTrainer(Trainer):
             contrast_globally(module, self._contrast, self._ranks.replica_group)
             modules[k] = module.to(lanes[k].device)
         return modules
-
-    def _check_schedule(self, schedule: str) -> str:
-        return check_schedule(self.plan, schedule, on_ranks=True)
 
     def _own_stages(self) -> Sequence[int]:
         return self._ranks.stages
@@ -130,7 +131,8 @@ class RankTrainer(Trainer):
                 schedule=self.schedule,
                 crossings=(crossing_names(self.plan, k - 1), crossing_names(self.plan, k)),
                 first_step=first_step,
-                record_events=self._record_events,
+                record_events=self._max_events != 0,
+                max_events=self._max_events,
             )
         return self._rank_engine
 
@@ -153,20 +155,41 @@ class RankTrainer(Trainer):
                 for k, rows in (*own.items(), *self._received()):
                     everything[k] += rows
             elif ranks.replica == 0 and any(own.values()):
-                ranks.post(f"losses/{ranks.rank}/{self._num_sent}", list(own.items()))
+                usage = [(stage.index, asdict(stage.activity.take())) for stage in self._stages]
+                mail = {"losses": list(own.items()), "usage": usage}
+                ranks.post(f"mail/{ranks.rank}/{self._num_sent}", mail)
                 self._num_sent += 1
         return everything
+
+    def take_usage(self) -> list[Usage]:
+        """As Trainer's, on rank 0: of the other ranks the latest that has arrived."""
+        for stage in self._stages:
+            self._usage[stage.index] = stage.activity.take()
+        return [self._usage[k] for k in range(self.plan.num_stages)]
+
+    def all_events(self) -> tuple[Event, ...]:
+        """As Trainer's, on rank 0; elsewhere this rank's own. Ranks of one host share a clock."""
+        ranks = self._ranks
+        if ranks.rank != 0:
+            if ranks.replica == 0:
+                rows = [(str(e.action), e.start_ns, e.end_ns) for e in self.events]
+                ranks.post(f"events/{ranks.rank}", rows)
+            return self.events
+        rows = [row for r in range(1, ranks.num_columns) for row in ranks.wait_for(f"events/{r}")]
+        others = [Event(Action.parse(action), start, end) for action, start, end in rows]
+        return (*self.events, *others)
 
     def _received(self) -> Iterator[tuple[int, list[tuple[int, dict[str, float]]]]]:
         """(stage, rows) of what the other ranks have posted since the last look."""
         for rank in self._num_received:
             while True:
-                key = f"losses/{rank}/{self._num_received[rank]}"
+                key = f"mail/{rank}/{self._num_received[rank]}"
                 if (posted := self._ranks.find(key)) is None:
                     break
                 self._ranks.forget(key)
                 self._num_received[rank] += 1
-                for k, rows in posted:
+                self._usage |= {k: Usage(**usage) for k, usage in posted["usage"]}
+                for k, rows in posted["losses"]:
                     yield k, [(step, losses) for step, losses in rows]
 
     # ------------------------------------------------------------------ inference
@@ -179,7 +202,7 @@ class RankTrainer(Trainer):
         """
         values = named_inputs(self.plan.inputs, inputs)
         self.drain()
-        labels = torch.zeros(_num_samples(values), dtype=torch.int64)
+        labels = torch.zeros(num_samples(values), dtype=torch.int64)
         return self._inference.shared(self._inference.run(values, labels)[0])
 
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
@@ -194,10 +217,10 @@ class RankTrainer(Trainer):
         for index, batch in enumerate(batches):
             inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
             values = named_inputs(self.plan.inputs, inputs)
-            num_samples = _num_samples(values)
-            check_labels(labels, num_samples, self.plan.num_classes)
-            if len(labels) != num_samples:
-                raise DataError(f"{num_samples} samples have {len(labels)} labels")
+            count = num_samples(values)
+            check_labels(labels, count, self.plan.num_classes)
+            if len(labels) != count:
+                raise DataError(f"{count} samples have {len(labels)} labels")
             if index % self._ranks.num_replicas == self._ranks.replica:
                 found, labels = self._inference.run(values, labels)
                 for i, logits in found.items():
@@ -300,7 +323,3 @@ class RankTrainer(Trainer):
             for stage in self._stages:
                 seed = spread_seed(self._stage_seed(stage.index), self.num_steps)
                 stage.random = StageRandom(seed, stage.lane.device)
-
-
-def _num_samples(values: Mapping[str, Tensor]) -> int:
-    return next(iter(values.values())).shape[0]
