@@ -122,8 +122,8 @@ class Ranks:
 
     rank, world_size: of torch.distributed. columns: for every stage its place in a row of ranks
     (schedules.stage_columns). device: where this rank's tensors live. mesh: DeviceMesh (replica,
-    stage). watch: ends this process when another rank fails. owns_group: whether the process group
-    was made here.
+    stage). prefix: of the keys of this meeting in the store. watch: ends this process when another
+    rank fails. owns_group: whether the process group was made here.
     """
 
     rank: int
@@ -132,6 +132,7 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh
     store: Store
+    prefix: str
     watch: _Watch
     owns_group: bool
 
@@ -178,16 +179,16 @@ class Ranks:
 
     def post(self, key: str, value: Any) -> None:
         """Put a JSON value where every rank finds it."""
-        self.store.set(f"scpl/{key}", json.dumps(value))
+        self.store.set(f"{self.prefix}/{key}", json.dumps(value))
 
     def find(self, key: str) -> Any:
         """The value that a rank has posted under `key`; None where there is none yet."""
-        name = f"scpl/{key}"
+        name = f"{self.prefix}/{key}"
         return json.loads(self.store.get(name)) if self.store.check([name]) else None
 
     def forget(self, key: str) -> None:
         """Remove what was posted under `key`."""
-        self.store.delete_key(f"scpl/{key}")
+        self.store.delete_key(f"{self.prefix}/{key}")
 
     def wait_for(self, key: str) -> Any:
         """The value under `key`, once it is there.
@@ -300,6 +301,7 @@ def join(columns: tuple[int, ...], devices: Sequence[str], digest: str) -> Ranks
         device=device,
         mesh=mesh,
         store=store,
+        prefix=f"scpl/{store.add(f'scpl/joins/{rank}', 1)}",  # the same number on every rank
         watch=_Watch(store.clone(), rank),
         owns_group=owns_group,
     )

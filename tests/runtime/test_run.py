@@ -137,7 +137,7 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
     assert given == {
         "devices": ("cpu", "cpu"), "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant",
         "optimizer_options": "momentum=0.9", "weight_decay": 0.1, "warmup": 2, "clip_norm": 1.0,
-        "accumulate": 2, "amp": "bf16", "channels_last": True,
+        "accumulate": 2, "amp": "bf16", "channels_last": True, "wire_dtype": "",
         "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
         "trace_steps": 0,
     }  # fmt: skip
