@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scpl_compile.actions import SCHEDULES, Action
-from scpl_compile.errors import DataError
+from scpl_compile.errors import DataError, MethodError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs, num_samples
@@ -25,6 +25,7 @@ from scpl_compile.runtime.rank_engine import RankEngine
 from scpl_compile.runtime.rank_inference import RankInference, crossing_names
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.replicas import averaged, contrast_globally
+from scpl_compile.runtime.sharding import Sharded, whole_tensor
 from scpl_compile.runtime.trainer import StageClass, Trainer
 from scpl_compile.runtime.whole_batches import whole_batches
 
@@ -43,6 +44,7 @@ class RankTrainer(Trainer):
         ranks: this rank's place.
         names: of the model's parameters and buffers, by id. read: their first values by name.
         contrast: "local", over the replica's own share of the batch, or "global", over all.
+        replicate: "ddp", every replica holds its stage whole, or "fsdp", a part of it.
         microbatches: of gpipe, 1f1b and zb. batch_size: of a full batch of this replica, to be
             split into them; default: the plan's.
         options: those of Trainer; devices are told by `ranks`.
@@ -60,6 +62,7 @@ class RankTrainer(Trainer):
         names: Mapping[int, str],
         read: Callable[[Iterable[str]], dict[str, Tensor]],
         contrast: str = "local",
+        replicate: str = "ddp",
         microbatches: int = 1,
         batch_size: int | None = None,
         **options: Any,
@@ -68,6 +71,8 @@ class RankTrainer(Trainer):
         self._names = names
         self._read = read
         self._contrast = contrast
+        self._is_sharded = _is_sharded(replicate, ranks)
+        self._sharded: dict[int, Sharded] = {}
         self._microbatches = (microbatches, batch_size or plan.batch_size)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._serial = ranks.store.add(f"{ranks.prefix}/trainers/{ranks.rank}", 1)
@@ -77,7 +82,7 @@ class RankTrainer(Trainer):
         self._num_saves = 0
         torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
         super().__init__(plan, model, stages, **options)
-        self._inference = RankInference(plan, self._stages, ranks, self._local_exit)
+        self._inference = RankInference(plan, self._stages, ranks, self._local_exit, self._sharded)
 
     # ------------------------------------------------------------------ what is made
 
@@ -98,6 +103,8 @@ class RankTrainer(Trainer):
         for k, module in modules.items():
             contrast_globally(module, self._contrast, self._ranks.replica_group)
             modules[k] = module.to(lanes[k].device)
+            if self._is_sharded and self.schedule in SCHEDULES:
+                self._sharded[k] = Sharded(module, self._ranks.mesh["replica"])
         return modules
 
     def _own_stages(self) -> Sequence[int]:
@@ -111,6 +118,8 @@ class RankTrainer(Trainer):
     def _training_step(self, module: nn.Module) -> Callable[..., Any]:
         if self._ranks.num_replicas == 1 or self.schedule not in SCHEDULES:
             return super()._training_step(module)
+        for sharded in self._sharded.values():  # its only one
+            return sharded
         leaves_some = bool(self.plan.untrained)
         return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
 
@@ -226,7 +235,8 @@ class RankTrainer(Trainer):
             check_labels(labels, count, self.plan.num_classes)
             if len(labels) != count:
                 raise DataError(f"{count} samples have {len(labels)} labels")
-            if index % self._ranks.num_replicas == self._ranks.replica:
+            # A sharded stage is gathered for every forward, so all replicas take every batch.
+            if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
                 found, labels = self._inference.run(values, labels)
                 for i, logits in found.items():
                     tallies[i].add([logits], labels)
@@ -242,7 +252,7 @@ class RankTrainer(Trainer):
         if not counts[-1]:
             raise DataError("there is no sample to evaluate on")
         return Evaluation(
-            num_samples=int(counts[-1]),
+            num_samples=int(counts[-1]) // (self._ranks.num_replicas if self._is_sharded else 1),
             accuracies=tuple((correct / counts).tolist()),
             losses=tuple((losses / counts).tolist()),
         )
@@ -257,7 +267,8 @@ class RankTrainer(Trainer):
             stage.check_finite()
             state = stage.module.state_dict()
             for name in self._state_names(stage.index):
-                own[name] = state[name].detach().to("cpu", copy=True).contiguous()
+                value = whole_tensor(state[name].detach())
+                own[name] = value.to("cpu", copy=True).contiguous()
         ranks = self._ranks
         if ranks.rank == 0:
             return self._complete_state(own)
@@ -302,6 +313,9 @@ class RankTrainer(Trainer):
         if self._ranks.replica == 0:
             self._num_saves += 1
             super().save(run, facts, before_complete=before_complete)
+        elif self._is_sharded:
+            for stage in self._stages:
+                stage.state()  # its parts are gathered from all replicas
 
     def _is_saved(self) -> bool:
         """In the writer's thread."""
@@ -328,3 +342,9 @@ class RankTrainer(Trainer):
             for stage in self._stages:
                 seed = spread_seed(self._stage_seed(stage.index), self.num_steps)
                 stage.random = StageRandom(seed, stage.lane.device)
+
+
+def _is_sharded(replicate: str, ranks: Ranks) -> bool:
+    if replicate not in ("ddp", "fsdp"):
+        raise MethodError(f"replicate {replicate!r} is not one of ddp, fsdp")
+    return replicate == "fsdp" and ranks.num_replicas > 1

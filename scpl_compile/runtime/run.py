@@ -204,6 +204,7 @@ class Run:
         return {
             "ranks": self._ranks,
             "contrast": self.options.contrast,
+            "replicate": self.options.replicate,
             "microbatches": microbatches,
             "batch_size": num_samples,
         }

@@ -14,6 +14,7 @@ from scpl_compile.runtime.activity import Activity
 from scpl_compile.runtime.descent import Descent
 from scpl_compile.runtime.lane import Lane, Mark
 from scpl_compile.runtime.randomness import StageRandom
+from scpl_compile.runtime.sharding import like, whole_tensor
 from scpl_compile.runtime.stage import as_tuple
 from scpl_compile.runtime.step_options import StepOptions
 
@@ -238,7 +239,10 @@ class StageStep:
             tensors |= own
             random_tensors, values["random"] = self.random.state()
             tensors |= {f"random.{name}": value for name, value in random_tensors.items()}
-            copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+            copies = {
+                name: whole_tensor(value.detach()).to("cpu", copy=True)
+                for name, value in tensors.items()
+            }
             return {name: value.contiguous() for name, value in copies.items()}, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -263,7 +267,7 @@ class StageStep:
                         f"stage {self.index}: {name!r} is {tuple(value.shape)} in the checkpoint "
                         f"and {tuple(own[name].shape)} in the stage"
                     )
-                own[name].copy_(value)
+                own[name].copy_(like(value, own[name]))
             with context(f"stage {self.index}"):
                 self._descent.load_state(tensors, values)
         random_tensors = {

@@ -121,7 +121,7 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
         amp="bf16", channels_last=True, lr=0.5, lr_schedule="constant", schedule="in_step",
         devices="cpu,cpu", seed=7, tensorboard=False, trace=False,
         threads_per_stage=2, run_dir="run", save_every=0, log_every=1, resume=False, force=False,
-        engine="threads", contrast="local", wire_dtype="",
+        engine="threads", replicate="ddp", contrast="local", wire_dtype="",
     )  # fmt: skip
     given: dict[str, Any] = {}
 

@@ -45,7 +45,8 @@ schedule = "stream"  # or in_step, sequential
 devices = "cpu"  # at most one per stage; cpu,cpu or cuda:0,cuda:1 or auto
 engine = "auto"  # ranks (a process per stage) under torchrun, else threads of this process
 wire_dtype = ""  # or bfloat16: what crosses a cut is rounded to it
-contrast = "local"  # or global: over all replicas (torchrun with a multiple of the stages)
+replicate = "ddp"  # or fsdp: replicas, of torchrun with a multiple of the stages, share memory
+contrast = "local"  # or global: over the features of all replicas
 threads_per_stage = 1  # equal threads, equal bits
 seed = 0
 # the run directory holds checkpoints, metrics and, at the end, final.safetensors
