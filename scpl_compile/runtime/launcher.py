@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         if failure.exitcode < 0:  # by a signal, as when the system is out of memory
             print(
-                f"error: rank {failure.local_rank} ended by {failure.signal_name()}",
+                f"error: rank {failure.local_rank} was ended by {failure.signal_name()}",
                 file=sys.stderr,
             )
         return max(1, failure.exitcode)
