@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_tensors",
     "read_manifest",
     "read_metadata",
+    "read_names",
     "save_stage",
     "save_tensors",
     "step_directory",
@@ -122,18 +124,34 @@ def load_some(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     Raises:
         ProgramError: the file is missing, torn, or no safetensors file.
     """
+    with _opened(path) as file:
+        aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
+        stored = set(file.keys())
+        places = {name: aliases.get(name, name) for name in names}
+        return {name: file.get_tensor(place) for name, place in places.items() if place in stored}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, to read from; what is wrong with it as ours."""
     try:
         with safe_open(path, framework="pt") as file:
-            aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
-            stored = set(file.keys())
-            places = {name: aliases.get(name, name) for name in names}
-            return {
-                name: file.get_tensor(place) for name, place in places.items() if place in stored
-            }
+            yield file
     except FileNotFoundError:
         raise ProgramError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise ProgramError(f"{path} is damaged: {error}") from error
+
+
+def read_names(path: Path) -> set[str]:
+    """All names in such a file, those of shared tensors too; no tensor is read.
+
+    Raises:
+        ProgramError: the file is missing, torn, or no safetensors file.
+    """
+    with _opened(path) as file:
+        aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
+        return {*file.keys(), *aliases}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

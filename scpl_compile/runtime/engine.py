@@ -26,6 +26,7 @@ from scpl_compile.actions import Action, gates, stage_actions
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.board import Board, Message, Stopped
 from scpl_compile.runtime.lane import caller_mark
+from scpl_compile.runtime.memory import remedy
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Engine", "Event", "StageEngine", "StageState"]
@@ -277,5 +278,6 @@ class _TellFailures:
             raise TrainingError("the trainer is closed; build a new one") from None
         stage, cause = failure
         raise TrainingError(
-            f"stage {stage} failed: {type(cause).__name__}: {cause}; all stages are stopped"
+            f"stage {stage} failed: {type(cause).__name__}: {cause}{remedy(cause)}; "
+            "all stages are stopped"
         ) from cause

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError, SourceError
 from scpl_compile.ir import Plan, Scalar, from_json, to_json
-from scpl_compile.runtime.checkpoint import load_some, load_tensors, save_tensors
+from scpl_compile.runtime.checkpoint import load_some, load_tensors, read_names, save_tensors
 from scpl_compile.runtime.loading import load_module
 from scpl_compile.runtime.own_stage import build_without_memory
 from scpl_compile.runtime.rank_trainer import RankTrainer
@@ -175,12 +175,7 @@ def _check_weights(path: Path, sha256: str) -> None:
 def _fitting_tensors(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in `path`, which must have the names, shapes and dtypes of `own`."""
     stored, _ = load_tensors(path)
-    if odd := sorted(own.keys() ^ stored.keys()):
-        where = "the file" if odd[0] in stored else "the model"
-        raise ProgramError(
-            f"{path} does not fit the model: only {where} has {odd[0]!r}; was the model's code "
-            "changed?"
-        )
+    _check_names(path, stored.keys(), own.keys())
     for name, value in stored.items():
         if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
             raise ProgramError(
@@ -188,6 +183,15 @@ def _fitting_tensors(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]
                 f"{_kind(own[name])}"
             )
     return stored
+
+
+def _check_names(path: Path, stored: Set[str], own: Set[str]) -> None:
+    if odd := sorted(own ^ stored):
+        where = "the file" if odd[0] in stored else "the model"
+        raise ProgramError(
+            f"{path} does not fit the model: only {where} has {odd[0]!r}; was the model's code "
+            "changed?"
+        )
 
 
 def _kind(value: Tensor) -> str:
@@ -267,8 +271,14 @@ def _assemble_rank(
     ranks: Ranks,
     options: Mapping[str, Any],
 ) -> RankTrainer:
-    """The trainer of this rank's stage. files: of weights, the first one that has a name counts."""
+    """The trainer of this rank's stage.
+
+    files: of weights, the first one that has a name counts; the last one is the program's own.
+    """
     model = build_without_memory(build_model)
+    first, *others = files
+    own = model.state_dict() if others else all_tensors(model)
+    _check_names(first, read_names(first), own.keys())
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         missing = list(names)

@@ -67,7 +67,7 @@ class RankTrainer(Trainer):
         batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        self._ranks = ranks
+        self._ranks = ranks = ranks.apart()  # from the trainers before it
         self._names = names
         self._read = read
         self._contrast = contrast
@@ -75,7 +75,6 @@ class RankTrainer(Trainer):
         self._sharded: dict[int, Sharded] = {}
         self._microbatches = (microbatches, batch_size or plan.batch_size)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
-        self._serial = ranks.store.add(f"{ranks.prefix}/trainers/{ranks.rank}", 1)
         self._num_sent = 0
         self._num_received: dict[int, int] = dict.fromkeys(range(1, ranks.num_columns), 0)
         self._usage = {k: Usage(waiting=0.0, queue_fill=0.0) for k in range(plan.num_stages)}
@@ -167,7 +166,7 @@ class RankTrainer(Trainer):
             elif ranks.replica == 0 and any(own.values()):
                 usage = [(stage.index, asdict(stage.activity.take())) for stage in self._stages]
                 mail = {"losses": list(own.items()), "usage": usage}
-                ranks.post(f"mail/{self._serial}/{ranks.rank}/{self._num_sent}", mail)
+                ranks.post(f"mail/{ranks.rank}/{self._num_sent}", mail)
                 self._num_sent += 1
         return everything
 
@@ -183,13 +182,9 @@ class RankTrainer(Trainer):
         if ranks.rank != 0:
             if ranks.replica == 0:
                 rows = [(str(e.action), e.start_ns, e.end_ns) for e in self.events]
-                ranks.post(f"events/{self._serial}/{ranks.rank}", rows)
+                ranks.post(f"events/{ranks.rank}", rows)
             return self.events
-        rows = [
-            row
-            for r in range(1, ranks.num_columns)
-            for row in ranks.wait_for(f"events/{self._serial}/{r}")
-        ]
+        rows = [row for r in range(1, ranks.num_columns) for row in ranks.wait_for(f"events/{r}")]
         others = [Event(Action.parse(action), start, end) for action, start, end in rows]
         return (*self.events, *others)
 
@@ -197,7 +192,7 @@ class RankTrainer(Trainer):
         """(stage, rows) of what the other ranks have posted since the last look."""
         for rank in self._num_received:
             while True:
-                key = f"mail/{self._serial}/{rank}/{self._num_received[rank]}"
+                key = f"mail/{rank}/{self._num_received[rank]}"
                 if (posted := self._ranks.find(key)) is None:
                     break
                 self._ranks.forget(key)
@@ -311,21 +306,21 @@ class RankTrainer(Trainer):
         """
         self._rank_engine.finish()
         if self._ranks.replica == 0:
-            self._num_saves += 1
             super().save(run, facts, before_complete=before_complete)
         elif self._is_sharded:
             for stage in self._stages:
                 stage.state()  # its parts are gathered from all replicas
 
     def _is_saved(self) -> bool:
-        """In the writer's thread."""
+        """In the writer's thread, which alone counts: another save may have been asked for."""
+        self._num_saves += 1
         ranks, count = self._ranks, self._num_saves
         if ranks.rank != 0:
             self.take_losses()  # first: a checkpoint's losses are in the log before it counts
-            ranks.post(f"saved/{self._serial}/{count}/{ranks.rank}", True)
+            ranks.post(f"saved/{count}/{ranks.rank}", True)
             return False
         for rank in range(1, ranks.num_columns):
-            ranks.wait_for(f"saved/{self._serial}/{count}/{rank}")
+            ranks.wait_for(f"saved/{count}/{rank}")
         return True
 
     def wait_saved(self) -> None:

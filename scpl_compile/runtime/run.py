@@ -81,17 +81,15 @@ class Run:
 
     def _join(self) -> Ranks:
         """Meet the other ranks, which must have been started alike."""
-        names = split_devices(self.options.devices, 10**6) if self.options.devices != "auto" else ()
-        schedule = check_schedule(self.plan, self.options.schedule, on_ranks=True)
-        columns = stage_columns(schedule, self.plan.num_stages)
-        ranks = join(columns, names or ("auto",), self.plan.digest)
-        try:
-            options = {f"--{name.replace('_', '-')}": v for name, v in vars(self.options).items()}
-            ranks.agree(options, "start every rank with the same options")
-        except ScplError as error:
-            ranks.fail(error)
-            raise SystemExit(1) from None
-        return ranks
+        given = self.options
+        names = split_devices(given.devices, 10**6) if given.devices != "auto" else ()
+
+        def columns() -> tuple[int, ...]:
+            schedule = check_schedule(self.plan, given.schedule, on_ranks=True)
+            return stage_columns(schedule, self.plan.num_stages)
+
+        options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
+        return join(columns, names or ("auto",), self.plan.digest, options)
 
     def _open_files(self) -> RunDirectory | Follower:
         if self._ranks is not None and self._ranks.rank != 0:

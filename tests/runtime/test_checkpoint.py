@@ -1,6 +1,7 @@
 """Files of tensors, and checkpoints that exist only when they are whole."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.checkpoint import (
     complete,
     latest,
+    load_some,
     load_stage,
     load_tensors,
     read_manifest,
+    read_names,
     save_stage,
     save_tensors,
     step_directory,
@@ -105,6 +108,31 @@ def test_copies_that_are_made_in_writing_are_not_taken_for_one_tensor(tmp_path: 
     save_tensors(tmp_path / "x.safetensors", tensors, {})
     loaded, _ = load_tensors(tmp_path / "x.safetensors")
     assert [float(loaded[str(i)][0, 0]) for i in range(20)] == list(range(20))
+
+
+def test_some_tensors_are_read_by_any_of_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    weight, other = torch.randn(4, 4), torch.arange(3)
+    save_tensors(path, {"in": weight, "out": weight, "other": other}, {})
+    assert read_names(path) == {"in", "out", "other"}
+    for names in (["out"], ["in", "out"], ["other", "absent"], []):
+        found = load_some(path, names)
+        assert found.keys() == set(names) - {"absent"}
+        expected = {"in": weight, "out": weight, "other": other}
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("read", [lambda path: load_some(path, ["a"]), read_names])
+def test_names_of_a_missing_or_torn_file_are_refused(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ProgramError, match="x.safetensors is missing"):
+        read(path)
+    save_tensors(path, {"a": torch.zeros(100)}, {})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ProgramError, match="x.safetensors is damaged"):
+        read(path)
 
 
 def test_a_file_of_another_tool_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scpl_compile.errors import DataError
 from scpl_compile.ir import InputSpec
-from scpl_compile.runtime.data import Loader
+from scpl_compile.runtime.data import Batch, Loader
 from scpl_compile.runtime.datasets import open_splits
 from scpl_compile.runtime.splits import Split, make_splits
 
@@ -238,6 +238,69 @@ def test_a_damaged_image_reaches_the_training_loop_by_name(tmp_path):
     damaged.write_bytes(b"torn")
     with pytest.raises(DataError, match=f"{damaged.name} is damaged"):
         list(loader.epoch(0))
+
+
+# --- replicas, and ranks that need no inputs
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3))
+def test_shares_are_equal_and_hold_every_view_of_their_samples(count, views, rest, each):
+    size = count * each + min(rest, count - 1)
+    rows = torch.arange(size)
+    values = torch.cat([rows + 100 * view for view in range(views)])
+    batch = Batch(inputs=(values, values.unsqueeze(1).float()), labels=rows % 7, views=views)
+    shares = [batch.share(index, count) for index in range(count)]
+    for index, share in enumerate(shares):
+        own = torch.arange(index * each, (index + 1) * each)
+        assert share.labels.tolist() == (own % 7).tolist() and share.views == views
+        expected = torch.cat([own + 100 * view for view in range(views)])
+        assert torch.equal(share.inputs[0], expected)
+        assert torch.equal(share.inputs[1], expected.unsqueeze(1).float())
+
+
+def test_a_loader_gives_its_share_of_training_batches_and_all_of_the_others():
+    whole = image_loader()
+    halves = [image_loader(share=(index, 2)) for index in range(2)]
+    for index in range(whole.num_batches):
+        batch = whole.batch(1, index)
+        for replica, half in enumerate(halves):
+            assert same(half.batch(1, index), batch.share(replica, 2))
+    for one, other in zip(halves[1].evaluation("test"), whole.evaluation("test"), strict=True):
+        assert same(one, other)
+
+
+class Untouchable(torch.Tensor):
+    """Tells whoever reads a value."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            raise AssertionError("an input was read")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("augment", ["none", "strong"])
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)])
+def test_a_loader_that_reads_nothing_has_the_same_shapes_and_labels(augment, share):
+    pairs = [
+        (image_loader, {"augment": augment, "share": share}),
+        (numbered_loader, {"share": share}),
+    ]
+    for make, options in pairs:
+        reading, blind = make(**options), make(**options, reads=False)
+        splits = blind.splits
+        untouchable = tuple(values.as_subclass(Untouchable) for values in splits.train.inputs)
+        train = Split(inputs=untouchable, labels=splits.train.labels)
+        object.__setattr__(splits, "train", train)
+        with pytest.raises(AssertionError, match="an input was read"):
+            reading._make(train, torch.arange(2), torch.Generator())
+        batches = [(reading.epoch(1), blind.epoch(1))]
+        batches += [(reading.evaluation(name), blind.evaluation(name)) for name in ("test",)]
+        for one, other in (pair for both in batches for pair in zip(*both, strict=True)):
+            assert torch.equal(one.labels, other.labels) and one.views == other.views
+            for values, shape_only in zip(one.inputs, other.inputs, strict=True):
+                assert (values.shape, values.dtype) == (shape_only.shape, shape_only.dtype)
+                assert shape_only.is_meta
 
 
 # --- what is refused, before anything is trained

@@ -14,10 +14,31 @@ from scpl_compile.runtime.optim import make_optimizer
 from scpl_compile.runtime.randomness import seeded
 from scpl_compile.runtime.stage import cut
 from scpl_compile.runtime.step_options import StepOptions
-from stage_nets import CPU, run_stage, step_of
+from stage_nets import (
+    CPU,
+    BlockStage,
+    batches,
+    block_plan,
+    block_stages,
+    differences,
+    make_trainer,
+    run_stage,
+    step_of,
+    submit_all,
+    train,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SIDE = 6
+
+
+class BpStage(BlockStage):
+    """Sends its output with its gradient, and keeps the one that comes back."""
+
+    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
+        y = self(x)
+        y.register_hook(lambda gradient: self.__dict__.setdefault("back", []).append(gradient))
+        return (y,), {}
 
 
 class ConvStage(nn.Module):
@@ -191,6 +212,79 @@ def test_weights_of_3d_convolutions_stay_and_tied_ones_stay_tied() -> None:
     assert module[2].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# ---------------------------------------------------------------------- what crosses a cut
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_what_crosses_is_rounded_and_read_as_float32(name: str) -> None:
+    how, dtype = StepOptions(wire_dtype=name), getattr(torch, name)
+    x = torch.randn(50, requires_grad=True)
+    narrow = how.narrow(x)
+    assert narrow.dtype == dtype and torch.equal(narrow, x.to(dtype))
+    assert how.widen(narrow).dtype == torch.float32
+    assert torch.equal(how.widen(narrow), x.to(dtype).float())
+    narrow.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones(50))
+    assert how.narrow(x.double()).dtype == dtype
+    for value in (torch.arange(9), torch.tensor([True]), torch.zeros(2, dtype=torch.complex64)):
+        assert how.narrow(value) is value and how.widen(value) is value
+
+
+def test_without_a_wire_dtype_nothing_is_rounded() -> None:
+    how = StepOptions()
+    for value in (torch.randn(3), torch.randn(3).double(), torch.randn(3).bfloat16()):
+        assert how.narrow(value) is value and how.widen(value) is value
+
+
+class Seen(BlockStage):
+    """Keeps what it receives and the gradients that come back."""
+
+    def training_step(self, x: Tensor, *, labels: Tensor) -> Any:
+        self.received = [*getattr(self, "received", []), (x.detach().clone(), labels.clone())]
+        if x.requires_grad:
+            x.register_hook(lambda gradient: self.__dict__.setdefault("back", []).append(gradient))
+        return super().training_step(x, labels=labels)
+
+
+@pytest.mark.parametrize("schedule", ["stream", "in_step", "bp"])
+def test_every_engine_rounds_alike(schedule: str) -> None:
+    """In the stage before the send, so that schedules agree in every bit."""
+    if schedule == "bp":
+        plan = block_plan(3, schedule="bp")
+        rounded = train(6, 3, plan=plan, wire_dtype="bfloat16")
+        assert differences(rounded, train(6, 3, plan=plan)) != []
+        return
+    expected = train(6, 3, schedule="sequential", wire_dtype="bfloat16")
+    assert differences(train(6, 3, schedule=schedule, wire_dtype="bfloat16"), expected) == []
+    assert differences(train(6, 3, schedule=schedule), expected) != []
+
+
+def test_stages_read_rounded_values_and_labels_as_they_were() -> None:
+    options = {"stages": block_stages(2, stage1=Seen), "schedule": "sequential"}
+    with make_trainer(**options) as plain, make_trainer(**options, wire_dtype="bfloat16") as narrow:
+        submit_all(plain, batches(1))
+        submit_all(narrow, batches(1))
+        plain.drain()
+        narrow.drain()
+        (x, labels), (rounded, same) = (t._stages[1].module.received[0] for t in (plain, narrow))
+    assert torch.equal(rounded, x.bfloat16().float()) and not torch.equal(rounded, x)
+    assert torch.equal(labels, same) and same.dtype == torch.int64
+
+
+def test_gradients_that_cross_are_rounded_too() -> None:
+    """The gradient that stage 0 starts from is the one of stage 1, rounded."""
+    plan = block_plan(2, schedule="bp")
+    stages = block_stages(2, stage1=Seen, stage0=BpStage)
+    with make_trainer(plan=plan, stages=stages, wire_dtype="bfloat16") as trainer:
+        submit_all(trainer, batches(1))
+        trainer.drain()
+        (computed,) = trainer._stages[1].module.back
+        (arrived,) = trainer._stages[0].module.back
+    assert computed.dtype == torch.float32
+    assert torch.equal(arrived, computed.bfloat16().float())
+    assert not torch.equal(arrived, computed)
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -200,6 +294,7 @@ def test_weights_of_3d_convolutions_stay_and_tied_ones_stay_tied() -> None:
         ({"amp": "half"}, "amp 'half' is not one of none, bf16, fp16"),
         ({"clip_norm": -1.0}, "clip_norm is -1.0; give at least 0"),
         ({"clip_norm": float("nan")}, "clip_norm is nan"),
+        ({"wire_dtype": "int8"}, "wire_dtype 'int8' is not one of bfloat16, float16, or empty"),
         ({"accumulate": 0}, "accumulate is 0; give at least 1"),
     ],
 )

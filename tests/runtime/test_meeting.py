@@ -1,0 +1,135 @@
+"""Facts, agreement and the first failure, between threads that stand for ranks."""
+
+import io
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from scpl_compile.errors import MethodError, TrainingError
+from scpl_compile.runtime import meeting as meeting_module
+from scpl_compile.runtime.meeting import Meeting
+
+
+class NoWatch:
+    """In place of the thread that would end this process."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+def meetings(count: int) -> list[Meeting]:
+    store = HashStore()
+    return [
+        Meeting(
+            rank=rank,
+            world_size=count,
+            store=store,
+            watch=NoWatch(),  # type: ignore[arg-type]
+            owns_group=False,
+        )
+        for rank in range(count)
+    ]
+
+
+def together(count: int, work: Callable[[Meeting], Any]) -> list[Any]:
+    """What `work` gives or raises on every rank."""
+
+    def attempt(meeting: Meeting) -> Any:
+        try:
+            return work(meeting)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as ranks:
+        return list(ranks.map(attempt, meetings(count)))
+
+
+def test_a_fact_is_found_by_every_rank_until_it_is_forgotten() -> None:
+    one, other = meetings(2)
+    assert other.find("a") is None
+    one.post("a", {"b": [1, None]})
+    assert other.find("a") == other.wait_for("a") == {"b": [1, None]}
+    other.forget("a")
+    assert one.find("a") is None
+
+
+def test_a_rank_waits_for_a_fact() -> None:
+    one, other = meetings(2)
+    threading.Timer(0.1, one.post, ("late", 3)).start()
+    assert other.wait_for("late") == 3
+
+
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "TIMEOUT_S", 0.1)
+    with pytest.raises(TrainingError, match="rank 1 has waited 0 s for 'never'"):
+        meetings(2)[1].wait_for("never")
+
+
+def test_rank_0_tells_the_others() -> None:
+    assert together(3, lambda m: m.from_leader("x", [m.rank])) == [[0], [0], [0]]
+
+
+def test_ranks_that_are_alike_agree() -> None:
+    assert (
+        together(3, lambda m: m.agree({"program": "abc", "--lr": 0.1}, "start again")) == [None] * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (lambda rank: {"--lr": 0.1 * rank}, "rank 1 has --lr 0.1, rank 0 has 0.0; do so"),
+        (
+            lambda rank: {"--b": 1} | ({"--a": 2} if rank == 2 else {}),
+            "rank 2 has --a 2, rank 0 has None",
+        ),
+        (lambda rank: {"--a": 1} if rank == 0 else {}, "rank 1 has --a None, rank 0 has 1"),
+    ],
+)
+def test_all_of_them_hear_where_they_differ(facts: Callable[[int], Any], message: str) -> None:
+    for error in together(3, lambda m: m.agree(facts(m.rank), "do so")):
+        assert isinstance(error, MethodError) and str(error).startswith(message)
+
+
+def test_rank_0_tells_the_first_failure_alone_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    together(3, lambda m: m.fail(TrainingError("too hot")))
+    assert said.getvalue() == "error: too hot\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("no such"), "error: ValueError: no such\n"),
+        (
+            MemoryError("full"),
+            "error: MemoryError: full; there is not enough memory: give a smaller --batch-size",
+        ),
+    ],
+)
+def test_other_errors_are_told_with_their_kind_and_memory_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(meeting_module, "_GOODBYE_S", 0.1)
+    meetings(2)[0].fail(error)
+    assert said.getvalue().startswith(told)
+
+
+def test_all_leave_when_all_are_there_and_rank_0_last() -> None:
+    left: list[int] = []
+
+    def leave(meeting: Meeting) -> None:
+        meeting.leave()
+        left.append(meeting.rank)
+
+    together(3, leave)
+    assert sorted(left) == [0, 1, 2]
+    assert together(1, lambda m: m.leave()) == [None]
