@@ -95,7 +95,7 @@ class RankEngine:
             return
         if not self._inbox.knows(key):
             self.finish()  # to wait for a header while a batch waits here could be for ever
-        with self.telling_failures():
+        with self.telling_failures(), self.stage.lane.scope():  # after what reads that slot now
             self._inbox.post(key)
         self.finish()
         self._pending = (step, values, labels, key)
