@@ -23,6 +23,8 @@ from scpl_compile.ir import InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
 from scpl_compile.methods.plan import PlanFacts, build_plan
 from scpl_compile.runtime.lane import default_threads, split_devices
+from scpl_compile.runtime.launch import versions
+from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.program import (
     Verification,
     assemble,
@@ -31,7 +33,7 @@ from scpl_compile.runtime.program import (
     write_verification,
 )
 from scpl_compile.runtime.progress import say
-from scpl_compile.runtime.run import evaluation_facts, open_loader, versions
+from scpl_compile.runtime.run import evaluation_facts
 from scpl_compile.runtime.run_directory import trained_steps
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (

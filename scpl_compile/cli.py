@@ -168,14 +168,13 @@ def _plan_object(plan: Any) -> dict[str, Any]:
 def train(directory: Path, arguments: tuple[str, ...]) -> None:
     """Run DIRECTORY/train.py.
 
-    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them.
+    Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them. Stages that
+    work at the same time get a process each; --engine threads keeps them in one.
     """
-    script = directory / "train.py"
-    if not script.is_file():
-        from scpl_compile.errors import ProgramError
+    from scpl_compile.train_command import train_command
 
-        raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
-    sys.exit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+    command = train_command(directory, arguments)
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 @main.command()

@@ -19,7 +19,7 @@ PACKAGE = "scpl_compile"
 ORDER = (
     "errors", "version", "ir", "actions", "kernels", "runtime", "inputs", "sources", "capture",
     "cost", "partition", "methods", "cutting", "emit", "verify", "simulate", "report", "demo_net",
-    "api", "demo", "bench", "cli",
+    "api", "demo", "bench", "train_command", "cli",
 )  # fmt: skip
 """Left never imports right."""
 

@@ -365,7 +365,6 @@ def labels(tmp_path: Path) -> Path:
         (("--augment", "wild"), r"augment 'wild' is not one of none, basic, strong"),
         (("--optimizer", "magic"), r"optimizer 'magic' is not one of adadelta, .*sgd"),
         (("--lr", "-1"), r"optimizer 'adam' refuses lr=-1\.0"),
-        (("--lr-schedule", "magic"), r"lr_schedule 'magic' is not one of constant, cosine"),
         (("--schedule", "magic"), r"schedule 'magic' does not go with method 'scpl', which allows"),
         (
             ("--schedule", "bp"),

@@ -2,14 +2,16 @@
 
 Two stages on two cores, one thread per stage, no loader in the run. Candidates in turn within one
 run: stream, in_step, sequential, plain backpropagation in one process with two threads, and each
-stage alone (its forward, backward and update on recorded inputs, the other core idle).
+stage alone (its forward, backward and update on recorded inputs, the other core idle). The case
+"precision" has stream in float32 and bfloat16, with and without channels_last.
 """
 
 import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from benchmarks.measure import (  # noqa: E402
 )
 from benchmarks.models import balanced_cnn, small_vit  # noqa: E402
 from scpl_compile import Program, compile_model  # noqa: E402
+from scpl_compile.runtime import Trainer  # noqa: E402
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "balanced_cnn": (balanced_cnn, (3, 32, 32), 128, 40),
@@ -37,6 +40,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "small_vit": (small_vit, (3, 32, 32), 64, 12),
 }
 """Model, input, batch, steps per timed call: filling the pipeline costs one step of each call."""
+
+
+PRECISION = "precision"
+_PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32, channels_last": {"channels_last": True},
+    "bfloat16": {"amp": "bf16"},
+    "bfloat16, channels_last": {"amp": "bf16", "channels_last": True},
+}
 
 
 def _resnet18() -> nn.Module:
@@ -49,11 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few repeats, nothing written")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each candidate")
-    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--case", choices=[*CASES, PRECISION], action="append")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
-    for name in options.case or CASES:
-        rows += run_case(name, repeats=2 if options.quick else options.repeats)
+    for name in options.case or [*CASES, PRECISION]:
+        run = run_precision if name == PRECISION else partial(run_case, name)
+        rows += run(repeats=2 if options.quick else options.repeats)
     table(rows)
     if not options.quick:
         write_rows(Path(__file__).with_name("results.csv"), rows)
@@ -78,6 +91,44 @@ def run_case(name: str, repeats: int) -> list[dict[str, object]]:
         "benchmark": "throughput", "case": name, "threads": 1, "device": "cpu", "config": config,
     }  # fmt: skip
     return [*stats_rows(stats, **common), *_ratios(stats, common)]
+
+
+def run_precision(repeats: int) -> list[dict[str, object]]:
+    """The rows of stream on the balanced CNN in every precision and memory format."""
+    build, shape, batch_size, num_steps = CASES["balanced_cnn"]
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
+    program = compile_model(
+        build(), inputs, num_classes=10, num_stages=2, threads_per_stage=1, devices=("cpu", "cpu")
+    )
+    with ExitStack() as stack:
+        runs = {}
+        for name, options in _PRECISIONS.items():
+            trainer = program.trainer(threads_per_stage=1, **options)
+            stack.callback(trainer.close)
+            runs[name] = partial(_train, trainer, inputs, labels, num_steps)
+        found = compare(runs, repeats=repeats, warmup=1)
+    stats = {name: _per_step(one, num_steps) for name, one in found.items()}
+    config = {"batch": batch_size, "input": list(shape), "steps_per_call": num_steps, "stages": 2}
+    common: dict[str, Any] = {
+        "benchmark": "throughput", "case": "balanced_cnn, precision of stream", "threads": 1,
+        "device": "cpu", "config": config,
+    }  # fmt: skip
+    first = stats["float32"].median_ms
+    shared = common | {"metric": "ratio of medians", "unit": "x", "n": stats["float32"].n}
+    ratios = [
+        shared | {"candidate": f"{name} over float32", "value": first / one.median_ms}
+        for name, one in stats.items()
+        if name != "float32"
+    ]
+    return [*stats_rows(stats, **common), *ratios]
+
+
+def _train(trainer: Trainer, inputs: Tensor, labels: Tensor, num_steps: int) -> None:
+    for _ in range(num_steps):
+        trainer.step(inputs, labels)
+    trainer.drain()
+    trainer.losses()
 
 
 def _per_step(stats: Stats, num_steps: int) -> Stats:
@@ -115,15 +166,9 @@ def candidates(
         for schedule in ("stream", "in_step", "sequential")
     }
 
-    def train(schedule: str) -> None:
-        for _ in range(num_steps):
-            trainers[schedule].step(inputs, labels)
-        trainers[schedule].drain()
-        trainers[schedule].losses()
-
     runs: dict[str, Callable[[], object]] = {
-        schedule: lambda schedule=schedule: train(schedule)  # type: ignore[misc]
-        for schedule in trainers
+        schedule: partial(_train, trainer, inputs, labels, num_steps)
+        for schedule, trainer in trainers.items()
     }
     runs["backpropagation, 2 threads"] = _backpropagation(program.model, inputs, labels, num_steps)
     for k in range(program.plan.num_stages):

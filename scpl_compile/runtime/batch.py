@@ -14,7 +14,14 @@ from torch import Tensor
 from scpl_compile.errors import DataError, MethodError
 from scpl_compile.ir import InputSpec
 
-__all__ = ["Inputs", "check_labels", "check_outside", "check_trainable", "named_inputs"]
+__all__ = [
+    "Inputs",
+    "check_labels",
+    "check_outside",
+    "check_trainable",
+    "named_inputs",
+    "num_samples",
+]
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -70,6 +77,11 @@ def _check_input(spec: InputSpec, value: object) -> None:
         )
 
 
+def num_samples(values: Mapping[str, Tensor]) -> int:
+    """Samples in a batch of inputs, which come batch first."""
+    return next(iter(values.values())).shape[0]
+
+
 def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> tuple[int, int]:
     """The lowest and the highest label. On the host: on a device it would be an assert later.
 
@@ -108,5 +120,5 @@ def check_outside(devices: Iterable[torch.device]) -> None:
         if torch.is_autocast_enabled(kind):
             raise MethodError(
                 f"torch.autocast({kind!r}) does not reach the stages' workers; leave it off around "
-                "step, and cast inside the model"
+                "step, and give the trainer amp='bf16'"
             )

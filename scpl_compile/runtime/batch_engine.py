@@ -7,6 +7,7 @@
                     └─▶ the optimizer of every stage of this rank
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class BatchEngine:
         self, stages: Sequence[StageStep], ranks: Ranks, run: Run, first_step: int
     ) -> None:
         self.num_steps = first_step
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque()
         self._stages = tuple(stages)
         self._ranks = ranks
         self._run = run

@@ -67,6 +67,11 @@ class Board:
             self._inboxes[stage].append(message)
             self._condition.notify_all()
 
+    def fill(self, stage: int) -> float:
+        """Messages before `stage` over those that fit."""
+        with self._condition:
+            return len(self._inboxes[stage]) / self._depth
+
     def receive(self, stage: int) -> Message:
         """The next message for `stage`."""
         with self._condition:

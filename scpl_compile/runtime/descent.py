@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_compile.errors import TrainingError
+from scpl_compile.runtime.sharding import like
 from scpl_compile.runtime.step_options import StepOptions
 
 __all__ = ["Descent"]
@@ -116,17 +117,21 @@ class Descent:
             gradient = tensors.get(f"gradient.{name}")
             # In the parameter's memory format, or the norm would be summed in another order.
             parameter.grad = (
-                None if gradient is None else torch.empty_like(parameter).copy_(gradient)
+                None
+                if gradient is None
+                else torch.empty_like(parameter).copy_(like(gradient, parameter))
             )
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         assert self.optimizer is not None
-        places = [self._places[id(parameter)] for parameter in self._parameters.values()]
+        parameters = list(self._parameters.values())
+        places = [self._places[id(parameter)] for parameter in parameters]
         state: dict[int, dict[str, Any]] = {}
         for source in (tensors, values):
             for path, value in source.items():
                 if path.startswith("optimizer."):
                     _, place, key = path.split(".", 2)
-                    state.setdefault(places[int(place)], {})[key] = value
+                    held = like(value, parameters[int(place)])
+                    state.setdefault(places[int(place)], {})[key] = held
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -14,6 +14,7 @@ import atexit
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,7 +48,7 @@ class StageEngine(Protocol):
     """What a trainer and a saver need of an engine; see Engine for what each does."""
 
     num_steps: int
-    events: list[Event]
+    events: deque[Event]
 
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
         """Give the batch of the next step."""
@@ -69,7 +70,8 @@ class Engine:
     """Runs the stages of one process side by side.
 
     threads_per_stage: intra-op threads of every worker, the same in every schedule: sums of floats
-    depend on it. depth: batches that may wait before each stage. actions: the endless list of each
+    depend on it. depth: batches that may wait before each stage. max_events: of the
+    recorded events the last so many stay. actions: the endless list of each
     stage; given by tests that plant faults.
 
     Raises:
@@ -85,6 +87,7 @@ class Engine:
         first_step: int = 0,
         depth: int = 2,
         record_events: bool = False,
+        max_events: int | None = None,
         actions: Sequence[Iterator[Action]] | None = None,
     ) -> None:
         if min(depth, threads_per_stage) < 1:
@@ -93,7 +96,7 @@ class Engine:
             )
         self.stages = tuple(stages)
         self.num_steps = first_step
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque(maxlen=max_events)
         self._board = Board(len(self.stages), depth, first_step)
         lists = actions or [
             stage_actions(schedule, k, len(self.stages), first_step=first_step)
@@ -177,7 +180,7 @@ class _Workers:
         *,
         schedule: str,
         threads_per_stage: int,
-        events: list[Event] | None,
+        events: deque[Event] | None,
     ) -> None:
         self._board = board
         self._num_stages = len(stages)
@@ -230,17 +233,22 @@ class _Workers:
         board, k, step = self._board, stage.index, action.step
         match action.kind:
             case "RECV":
-                message = board.receive(k)
+                stage.activity.saw_queue(board.fill(k))
+                with stage.activity.waiting():
+                    message = board.receive(k)
                 assert message.labels is not None
                 stage.receive(message.step, message.values, message.labels, message.mark)
             case "F":
-                board.pass_gates(gates(self._schedule, action, self._num_stages))
+                with stage.activity.waiting():
+                    board.pass_gates(gates(self._schedule, action, self._num_stages))
                 stage.forward(step)
             case "SEND":
                 values, labels, mark = stage.outgoing(step)
-                board.send(k + 1, Message(step, values, labels, mark))
+                with stage.activity.waiting():
+                    board.send(k + 1, Message(step, values, labels, mark))
             case "RECV_B":
-                message = board.receive_gradients(k)
+                with stage.activity.waiting():
+                    message = board.receive_gradients(k)
                 stage.take_gradients(step, message.values, message.mark)
             case "B":
                 stage.backward(step)

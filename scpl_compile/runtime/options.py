@@ -2,18 +2,31 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scpl_compile.errors import MethodError
+from scpl_compile.runtime.learning_rate import parse_lr_schedule
+from scpl_compile.runtime.optim import read_options
+from scpl_compile.runtime.step_options import StepOptions
 
 __all__ = ["Options", "parse_options"]
 
 Options = argparse.Namespace
 """The constants by name (batch_size, lr, …)."""
 
-_LEAST = {"batch_size": 2, "epochs": 1, "log_every": 1, "save_every": 0, "steps": 0,
-          "threads_per_stage": 1}  # fmt: skip
+_LEAST = {"accumulate": 1, "batch_size": 2, "clip_norm": 0, "epochs": 1, "log_every": 1,
+          "save_every": 0, "steps": 0, "threads_per_stage": 1, "warmup": 0,
+          "weight_decay": 0}  # fmt: skip
 """A batch of one sample has no positive pair, and BatchNorm no variance."""
+
+_CHECKS: Mapping[str, Callable[[str], object]] = {
+    "amp": lambda text: StepOptions(amp=text),
+    "lr_schedule": parse_lr_schedule,
+    "optimizer_options": read_options,
+}
+"""What refuses the text of an option."""
 
 
 def parse_options(
@@ -49,8 +62,14 @@ def parse_options(
             )
     options = parser.parse_args(argv)
     for name, least in _LEAST.items():
-        if (given := getattr(options, name, least)) < least:
+        if not (given := getattr(options, name, least)) >= least:
             parser.error(f"--{name.replace('_', '-')} is {given}; give at least {least}")
+    for name, check in _CHECKS.items():
+        if name in options:
+            try:
+                check(getattr(options, name))
+            except MethodError as error:
+                parser.error(str(error))
     return options
 
 

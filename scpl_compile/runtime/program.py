@@ -231,7 +231,6 @@ def assemble(
     inplace: bool = False,
     weights: Path | None = None,
     ranks: Ranks | None = None,
-    contrast: str = "local",
     **options: Any,
 ) -> Trainer:
     """The trainer of the program in `directory`.
@@ -240,8 +239,7 @@ def assemble(
     weights.safetensors give.
     weights: a safetensors file with the original model's names to start from.
     ranks: this process runs one stage, the others run elsewhere (`ranks.join`).
-    contrast: of replicas, see RankTrainer; without any, nothing changes.
-    options: those of Trainer.
+    options: those of Trainer, and with `ranks` those of RankTrainer.
 
     Raises:
         ProgramError: a file of the program is damaged.
@@ -254,7 +252,6 @@ def assemble(
         path = directory / "weights.safetensors"
         _check_weights(path, found.weights_sha256)
         files = [path] if weights is None else [weights, path]
-        options["contrast"] = contrast
         return _assemble_rank(plan, build_model, stages, files, ranks, options)
     if model is None:
         model = build_model()

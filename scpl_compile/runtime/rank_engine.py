@@ -14,6 +14,7 @@ The lists of actions and their gates are those of actions.py, as in the engine o
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ class RankEngine:
     Args:
         stage: of this rank.
         ranks: this rank's place.
-        schedule, first_step, record_events: as of engine.Engine.
+        schedule, first_step, record_events, max_events: as of engine.Engine.
         crossings: for the cut before and the one after this stage, the names of what may cross,
             LABELS among them.
     """
@@ -56,10 +57,11 @@ class RankEngine:
         crossings: tuple[tuple[str, ...], tuple[str, ...]],
         first_step: int = 0,
         record_events: bool = False,
+        max_events: int | None = None,
     ) -> None:
         self.stage = stage
         self.num_steps = first_step
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque(maxlen=max_events)
         self._ranks = ranks
         self._schedule = schedule
         self._first_step = first_step
@@ -94,7 +96,7 @@ class RankEngine:
             return
         if not self._inbox.knows(key):
             self.finish()  # to wait for a header while a batch waits here could be for ever
-        with self.telling_failures():
+        with self.telling_failures(), self.stage.lane.scope():  # after what reads that slot now
             self._inbox.post(key)
         self.finish()
         self._pending = (step, values, labels, key)
@@ -146,20 +148,27 @@ class RankEngine:
         match kind:
             case "RECV":
                 if self._inbox is not None:
-                    values = self._inbox.take()
+                    stage.activity.saw_queue(float(self._inbox.has_arrived))
+                    with stage.activity.waiting():
+                        values = self._inbox.take()
                     labels = values.pop(LABELS)
                 stage.receive(step, values, labels, None)
             case "F":
-                self._pass_gates(step)
+                with stage.activity.waiting():
+                    self._pass_gates(step)
                 stage.forward(step)
             case "SEND":
                 assert self._outbox is not None
                 sent, labels, _ = stage.outgoing(step)
+                with stage.activity.waiting():
+                    self._outbox.wait_for_room()
                 self._outbox.send(key, {**sent, LABELS: labels})
             case "RECV_B":
                 assert self._gradients_in is not None
-                self._gradients_in.post(key)
-                stage.take_gradients(step, self._gradients_in.take(), None)
+                with stage.activity.waiting():
+                    self._gradients_in.post(key)
+                    gradients = self._gradients_in.take()
+                stage.take_gradients(step, gradients, None)
             case "B":
                 stage.backward(step)
             case "SEND_B":

@@ -1,6 +1,7 @@
 """Inference over ranks: every rank runs its stages in order and hands on what crosses."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.rank_engine import LABELS, batch_key
 from scpl_compile.runtime.ranks import Ranks
+from scpl_compile.runtime.sharding import Sharded
 from scpl_compile.runtime.stage import as_tuple, evaluating
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.wire import Inbox, Outbox
@@ -22,17 +24,24 @@ LocalExit = Callable[[StageStep, Mapping[str, Tensor]], Tensor]
 class RankInference:
     """The share of this rank in the inference of a plan.
 
-    local_exit: gives the logits of a stage's local classifier.
+    local_exit: gives the logits of a stage's local classifier. sharded: by index, the stages that
+    are split over replicas.
     """
 
     def __init__(
-        self, plan: Plan, stages: Sequence[StageStep], ranks: Ranks, local_exit: LocalExit
+        self,
+        plan: Plan,
+        stages: Sequence[StageStep],
+        ranks: Ranks,
+        local_exit: LocalExit,
+        sharded: Mapping[int, Sharded],
     ) -> None:
         self.exit_stages = _exit_stages(plan)
         self._plan = plan
         self._stages = sorted(stages, key=lambda stage: stage.index)
         self._ranks = ranks
         self._local_exit = local_exit
+        self._sharded = sharded
         own = set(ranks.stages)
         last = plan.num_stages - 1
         names = {k: crossing_names(plan, k) for k in range(last)}
@@ -55,7 +64,10 @@ class RankInference:
         """
         key = ("inference", *batch_key(values, labels))
         found: dict[int, Tensor] = {}
-        with evaluating([stage.module for stage in self._stages]):
+        with ExitStack() as stack:
+            stack.enter_context(evaluating([stage.module for stage in self._stages]))
+            for sharded in self._sharded.values():
+                stack.enter_context(sharded.gathered())
             for stage in self._stages:
                 k, spec = stage.index, self._plan.stages[stage.index]
                 with stage.lane.scope():

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scpl_compile.actions import SCHEDULES, Action
-from scpl_compile.errors import DataError
+from scpl_compile.errors import DataError, MethodError
 from scpl_compile.ir import Plan
-from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs
+from scpl_compile.runtime.activity import Usage
+from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs, num_samples
 from scpl_compile.runtime.batch_engine import BatchEngine
-from scpl_compile.runtime.engine import StageEngine
+from scpl_compile.runtime.engine import Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
@@ -23,7 +25,7 @@ from scpl_compile.runtime.rank_engine import RankEngine
 from scpl_compile.runtime.rank_inference import RankInference, crossing_names
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.replicas import averaged, contrast_globally
-from scpl_compile.runtime.schedules import check_schedule
+from scpl_compile.runtime.sharding import Sharded, whole_tensor
 from scpl_compile.runtime.trainer import StageClass, Trainer
 from scpl_compile.runtime.whole_batches import whole_batches
 
@@ -42,10 +44,13 @@ class RankTrainer(Trainer):
         ranks: this rank's place.
         names: of the model's parameters and buffers, by id. read: their first values by name.
         contrast: "local", over the replica's own share of the batch, or "global", over all.
+        replicate: "ddp", every replica holds its stage whole, or "fsdp", a part of it.
         microbatches: of gpipe, 1f1b and zb. batch_size: of a full batch of this replica, to be
             split into them; default: the plan's.
         options: those of Trainer; devices are told by `ranks`.
     """
+
+    _on_ranks = True
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class RankTrainer(Trainer):
         names: Mapping[int, str],
         read: Callable[[Iterable[str]], dict[str, Tensor]],
         contrast: str = "local",
+        replicate: str = "ddp",
         microbatches: int = 1,
         batch_size: int | None = None,
         **options: Any,
@@ -65,14 +71,17 @@ class RankTrainer(Trainer):
         self._names = names
         self._read = read
         self._contrast = contrast
+        self._is_sharded = _is_sharded(replicate, ranks)
+        self._sharded: dict[int, Sharded] = {}
         self._microbatches = (microbatches, batch_size or plan.batch_size)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._num_sent = 0
         self._num_received: dict[int, int] = dict.fromkeys(range(1, ranks.num_columns), 0)
+        self._usage = {k: Usage(waiting=0.0, queue_fill=0.0) for k in range(plan.num_stages)}
         self._num_saves = 0
         torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
         super().__init__(plan, model, stages, **options)
-        self._inference = RankInference(plan, self._stages, ranks, self._local_exit)
+        self._inference = RankInference(plan, self._stages, ranks, self._local_exit, self._sharded)
 
     # ------------------------------------------------------------------ what is made
 
@@ -93,10 +102,9 @@ class RankTrainer(Trainer):
         for k, module in modules.items():
             contrast_globally(module, self._contrast, self._ranks.replica_group)
             modules[k] = module.to(lanes[k].device)
+            if self._is_sharded and self.schedule in SCHEDULES:
+                self._sharded[k] = Sharded(module, self._ranks.mesh["replica"])
         return modules
-
-    def _check_schedule(self, schedule: str) -> str:
-        return check_schedule(self.plan, schedule, on_ranks=True)
 
     def _own_stages(self) -> Sequence[int]:
         return self._ranks.stages
@@ -109,6 +117,8 @@ class RankTrainer(Trainer):
     def _training_step(self, module: nn.Module) -> Callable[..., Any]:
         if self._ranks.num_replicas == 1 or self.schedule not in SCHEDULES:
             return super()._training_step(module)
+        for sharded in self._sharded.values():  # its only one
+            return sharded
         leaves_some = bool(self.plan.untrained)
         return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
 
@@ -130,7 +140,8 @@ class RankTrainer(Trainer):
                 schedule=self.schedule,
                 crossings=(crossing_names(self.plan, k - 1), crossing_names(self.plan, k)),
                 first_step=first_step,
-                record_events=self._record_events,
+                record_events=self._max_events != 0,
+                max_events=self._max_events,
             )
         return self._rank_engine
 
@@ -153,20 +164,41 @@ class RankTrainer(Trainer):
                 for k, rows in (*own.items(), *self._received()):
                     everything[k] += rows
             elif ranks.replica == 0 and any(own.values()):
-                ranks.post(f"losses/{ranks.rank}/{self._num_sent}", list(own.items()))
+                usage = [(stage.index, asdict(stage.activity.take())) for stage in self._stages]
+                mail = {"losses": list(own.items()), "usage": usage}
+                ranks.post(f"mail/{ranks.rank}/{self._num_sent}", mail)
                 self._num_sent += 1
         return everything
+
+    def take_usage(self) -> list[Usage]:
+        """As Trainer's, on rank 0: of the other ranks the latest that has arrived."""
+        for stage in self._stages:
+            self._usage[stage.index] = stage.activity.take()
+        return [self._usage[k] for k in range(self.plan.num_stages)]
+
+    def all_events(self) -> tuple[Event, ...]:
+        """As Trainer's, on rank 0; elsewhere this rank's own. Ranks of one host share a clock."""
+        ranks = self._ranks
+        if ranks.rank != 0:
+            if ranks.replica == 0:
+                rows = [(str(e.action), e.start_ns, e.end_ns) for e in self.events]
+                ranks.post(f"events/{ranks.rank}", rows)
+            return self.events
+        rows = [row for r in range(1, ranks.num_columns) for row in ranks.wait_for(f"events/{r}")]
+        others = [Event(Action.parse(action), start, end) for action, start, end in rows]
+        return (*self.events, *others)
 
     def _received(self) -> Iterator[tuple[int, list[tuple[int, dict[str, float]]]]]:
         """(stage, rows) of what the other ranks have posted since the last look."""
         for rank in self._num_received:
             while True:
-                key = f"losses/{rank}/{self._num_received[rank]}"
+                key = f"mail/{rank}/{self._num_received[rank]}"
                 if (posted := self._ranks.find(key)) is None:
                     break
                 self._ranks.forget(key)
                 self._num_received[rank] += 1
-                for k, rows in posted:
+                self._usage |= {k: Usage(**usage) for k, usage in posted["usage"]}
+                for k, rows in posted["losses"]:
                     yield k, [(step, losses) for step, losses in rows]
 
     # ------------------------------------------------------------------ inference
@@ -179,7 +211,7 @@ class RankTrainer(Trainer):
         """
         values = named_inputs(self.plan.inputs, inputs)
         self.drain()
-        labels = torch.zeros(_num_samples(values), dtype=torch.int64)
+        labels = torch.zeros(num_samples(values), dtype=torch.int64)
         return self._inference.shared(self._inference.run(values, labels)[0])
 
     def evaluate(self, batches: Iterable[Any]) -> Evaluation:
@@ -194,11 +226,12 @@ class RankTrainer(Trainer):
         for index, batch in enumerate(batches):
             inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
             values = named_inputs(self.plan.inputs, inputs)
-            num_samples = _num_samples(values)
-            check_labels(labels, num_samples, self.plan.num_classes)
-            if len(labels) != num_samples:
-                raise DataError(f"{num_samples} samples have {len(labels)} labels")
-            if index % self._ranks.num_replicas == self._ranks.replica:
+            count = num_samples(values)
+            check_labels(labels, count, self.plan.num_classes)
+            if len(labels) != count:
+                raise DataError(f"{count} samples have {len(labels)} labels")
+            # A sharded stage is gathered for every forward, so all replicas take every batch.
+            if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
                 found, labels = self._inference.run(values, labels)
                 for i, logits in found.items():
                     tallies[i].add([logits], labels)
@@ -214,7 +247,7 @@ class RankTrainer(Trainer):
         if not counts[-1]:
             raise DataError("there is no sample to evaluate on")
         return Evaluation(
-            num_samples=int(counts[-1]),
+            num_samples=int(counts[-1]) // (self._ranks.num_replicas if self._is_sharded else 1),
             accuracies=tuple((correct / counts).tolist()),
             losses=tuple((losses / counts).tolist()),
         )
@@ -229,7 +262,8 @@ class RankTrainer(Trainer):
             stage.check_finite()
             state = stage.module.state_dict()
             for name in self._state_names(stage.index):
-                own[name] = state[name].detach().to("cpu", copy=True).contiguous()
+                value = whole_tensor(state[name].detach())
+                own[name] = value.to("cpu", copy=True).contiguous()
         ranks = self._ranks
         if ranks.rank == 0:
             return self._complete_state(own)
@@ -273,6 +307,9 @@ class RankTrainer(Trainer):
         self._rank_engine.finish()
         if self._ranks.replica == 0:
             super().save(run, facts, before_complete=before_complete)
+        elif self._is_sharded:
+            for stage in self._stages:
+                stage.state()  # its parts are gathered from all replicas
 
     def _is_saved(self) -> bool:
         """In the writer's thread, which alone counts: another save may have been asked for."""
@@ -303,5 +340,7 @@ class RankTrainer(Trainer):
                 stage.random = StageRandom(seed, stage.lane.device)
 
 
-def _num_samples(values: Mapping[str, Tensor]) -> int:
-    return next(iter(values.values())).shape[0]
+def _is_sharded(replicate: str, ranks: Ranks) -> bool:
+    if replicate not in ("ddp", "fsdp"):
+        raise MethodError(f"replicate {replicate!r} is not one of ddp, fsdp")
+    return replicate == "fsdp" and ranks.num_replicas > 1

@@ -1,109 +1,41 @@
 """A run of an emitted program: its directory, progress, metrics, checkpoints and result."""
 
 import json
-import sys
 import threading
 import time
 import traceback
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import NoneType
 from typing import Any, Self
 
-import torch
-
-from scpl_compile.errors import DataError, ScplError, TrainingError
-from scpl_compile.ir import Plan
+from scpl_compile.errors import ScplError
 from scpl_compile.runtime.data import Batch, Loader
-from scpl_compile.runtime.datasets import open_splits
 from scpl_compile.runtime.evaluation import Evaluation
 from scpl_compile.runtime.lane import split_devices
+from scpl_compile.runtime.launch import versions
+from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
-from scpl_compile.runtime.program import missing_module, read_plan
+from scpl_compile.runtime.program import read_plan
 from scpl_compile.runtime.progress import Progress, say
 from scpl_compile.runtime.ranks import Ranks, join, leads, wants_ranks
 from scpl_compile.runtime.run_directory import Follower, RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
+from scpl_compile.runtime.scalars import Scalars, summary_writer
 from scpl_compile.runtime.schedules import check_schedule, stage_columns
 from scpl_compile.runtime.stage_step import KEPT_LOSSES
+from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
-from scpl_compile.version import __version__
 
-__all__ = ["Run", "evaluation_facts", "launch", "open_loader", "versions"]
+__all__ = ["TRAINING", "Run", "evaluation_facts"]
 
+TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
+            "clip_norm", "accumulate", "amp", "channels_last", "wire_dtype")  # fmt: skip
+"""The options that go to the trainer as they are."""
 
-def launch(main: Callable[[], None]) -> None:
-    """Run `main`; an error of ours becomes one sentence on stderr and exit code 1.
-
-    Where a stage's worker failed, its own traceback comes first. A warning is one line. So is a
-    module that is not there, as the one that the model came from.
-    """
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *place: say(f"warning: {message}")
-        try:
-            main()
-        except ScplError as error:
-            cause = error.__cause__
-            if isinstance(error, TrainingError) and not isinstance(cause, (OSError, NoneType)):
-                traceback.print_exception(cause)
-            say(f"error: {error}")
-            raise SystemExit(1) from None
-        except ModuleNotFoundError as error:
-            say(f"error: {missing_module(error)}")
-            raise SystemExit(1) from None
-        except KeyboardInterrupt:
-            say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
-            raise SystemExit(130) from None
-
-
-def versions() -> dict[str, str]:
-    """Versions of all that a result depends on."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"scpl_compile": __version__, "torch": str(torch.__version__), "python": python}
-
-
-def open_loader(
-    plan: Plan,
-    data: str,
-    *,
-    batch_size: int,
-    augment: str = "none",
-    seed: int = 0,
-    ranks: Ranks | None = None,
-) -> Loader:
-    """The data set `data`, fitted to the plan's inputs.
-
-    A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair. On
-    ranks every replica takes its share of each batch, and only the first stage reads inputs.
-
-    Raises:
-        DataError: it does not fit; a batch too small for the replicas.
-    """
-    splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
-    num_samples = len(splits.train)
-    replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)
-    if batch_size < 2 * num_replicas:
-        raise DataError(
-            f"a batch of {batch_size} for {num_replicas} replicas leaves one of them less than 2 "
-            f"samples; give --batch-size {2 * num_replicas} or more"
-        )
-    loader = Loader(
-        splits,
-        inputs=plan.inputs,
-        num_classes=plan.num_classes,
-        batch_size=batch_size,
-        augment=augment,
-        seed=seed,
-        drop_last=num_samples > batch_size and num_samples % batch_size < 2 * num_replicas,
-        share=(replica, num_replicas),
-        reads=ranks is None or 0 in ranks.stages,
-    )
-    if loader.fit_notice:
-        say(loader.fit_notice)
-    return loader
+TRACED_STEPS = 200
+"""Of how many last steps --trace tells."""
 
 
 class Run:
@@ -136,6 +68,8 @@ class Run:
         self._num_finished = 0
         self._recent: list[deque[dict[str, float]]] = []
         self._metrics = threading.RLock()  # the writer of checkpoints logs too
+        self._interval = (0.0, 0.0)
+        self._scalars: Scalars | None = None
         self._validated: set[int] = set()
         self._validation: float | None = None
         self._lock: RunLock | None = None
@@ -215,10 +149,8 @@ class Run:
         )
         rest = len(loader.splits.train) - loader.num_batches * options.batch_size
         if rest > 0:
-            say(
-                f"{options.data}: the last batch of every epoch ({rest} of {options.batch_size} "
-                "samples) is too small and left out"
-            )
+            what = "one sample" if rest == 1 else f"{rest} samples for the replicas"
+            say(f"{options.data}: the last batch of every epoch has {what} and is left out")
         self._total_steps = options.steps or options.epochs * loader.num_batches
         return loader
 
@@ -227,35 +159,38 @@ class Run:
         options = self.options
         trainer = build_trainer(
             devices=split_devices(options.devices, self.plan.num_stages),
-            optimizer=options.optimizer,
-            lr=options.lr,
-            lr_schedule=options.lr_schedule,
+            **{name: getattr(options, name) for name in TRAINING},
             total_steps=self._total_steps,
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
-            contrast=options.contrast,
-            wire_dtype=options.wire_dtype,
+            trace_steps=TRACED_STEPS if options.trace else 0,
             **self._rank_options(),
         )
+        self._stack.callback(self._close_scalars)  # after the trainer, whose saver still logs
         self._stack.callback(trainer.close)
         self.trainer = trainer
         if (path := self._files.resume_from) is not None:
             trainer.load(path)
             say(f"resumed after step {trainer.num_steps} from {path}")
+        writer = summary_writer() if options.tensorboard else None
         self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
         for row in self._files.begin(trainer.num_steps, versions()):
             if "losses" in row:
                 self._recent[row["stage"]].append(row["losses"])
-            else:
+            elif "epoch" in row:
                 self._validated.add(row["step"])
         if self._ranks is not None:  # all take part in a validation
             self._validated = set(self._ranks.from_leader("validated", list(self._validated)))
         self._first_step = trainer.num_steps
         if leads():
+            if writer is not None:
+                folder = self.directory / "tensorboard"
+                self._scalars = Scalars(writer, folder, self._first_step)
             bar = Progress(self._total_steps, trainer.num_steps)
             self._progress = self._stack.enter_context(bar)
         self._start = time.perf_counter()
+        self._restart_interval()
         return trainer
 
     def _rank_options(self) -> dict[str, Any]:
@@ -264,7 +199,13 @@ class Run:
             return {}
         num_samples = self.options.batch_size // self._ranks.num_replicas
         microbatches = getattr(self.options, "microbatches", 1)
-        return {"ranks": self._ranks, "microbatches": microbatches, "batch_size": num_samples}
+        return {
+            "ranks": self._ranks,
+            "contrast": self.options.contrast,
+            "replicate": self.options.replicate,
+            "microbatches": microbatches,
+            "batch_size": num_samples,
+        }
 
     def epochs(self, loader: Loader) -> Iterator[tuple[int, int]]:
         """(epoch, first batch) until all steps are done."""
@@ -290,7 +231,8 @@ class Run:
     def after_step(self, batch: Batch) -> None:
         """Looks at the losses every --log-every steps, saves every --save-every steps."""
         step, options = self._trainer.num_steps, self.options
-        self._num_samples += len(batch.labels)
+        num_replicas = 1 if self._ranks is None else self._ranks.num_replicas
+        self._num_samples += len(batch.labels) * num_replicas
         is_saving = options.save_every and step % options.save_every == 0
         log_every = min(options.log_every, KEPT_LOSSES // 2)
         if (step % log_every == 0 or is_saving) and not self.is_done:
@@ -304,8 +246,9 @@ class Run:
         """Writes the losses of what the stages have finished. In any thread: taken is written."""
         with self._metrics:
             finished = self._trainer.take_losses()
-            self._files.append(
-                {"step": step, "stage": stage, "losses": losses}
+            rate = self._trainer.learning_rate
+            self._record(
+                {"step": step, "stage": stage, "losses": losses, "lr": rate(step)}
                 for stage, steps in enumerate(finished)
                 for step, losses in steps
             )
@@ -313,13 +256,49 @@ class Run:
                 recent.extend(losses for _, losses in steps)
             self._num_finished += len(finished[-1])
 
+    def _record(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows to metrics.jsonl, and to TensorBoard where asked."""
+        found = list(rows)
+        self._files.append(found)
+        if self._scalars is not None:
+            self._scalars.add(found)
+
+    def _close_scalars(self) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
+
+    def _restart_interval(self) -> None:
+        """What the next row of the run tells of begins now."""
+        self._trainer.take_usage()
+        self._interval = (time.perf_counter(), self._samples_finished())
+
+    def _samples_finished(self) -> float:
+        """Samples that the last stage has finished, all batches taken as equal."""
+        submitted = self._trainer.num_steps - self._first_step
+        return self._num_samples * self._num_finished / max(submitted, 1)
+
+    def _write_usage(self) -> None:
+        """Writes a row of the run: its rate and how each stage spent its time since the last."""
+        with self._metrics:
+            start, before = self._interval
+            now, samples = time.perf_counter(), self._samples_finished()
+            if samples <= before:
+                return
+            usage = self._trainer.take_usage()
+            self._interval = (now, samples)
+            self._record([{
+                "step": self._trainer.num_steps - 1,
+                "samples_per_second": (samples - before) / max(now - start, 1e-9),
+                "waiting": [stage.waiting for stage in usage],
+                "queue_fill": [stage.queue_fill for stage in usage],
+            }])  # fmt: skip
+
     def _log(self) -> None:
         """Writes the losses of what the stages have finished, and shows their latest mean."""
         self._write_losses()
+        self._write_usage()
         if self._progress is not None:
-            submitted = self._trainer.num_steps - self._first_step
-            samples = self._num_samples * self._num_finished / max(submitted, 1)
-            rate = samples / max(time.perf_counter() - self._start, 1e-9)
+            rate = self._samples_finished() / max(time.perf_counter() - self._start, 1e-9)
             self._progress.show(self._trainer.num_steps, self._losses(), rate, self._validation)
 
     def _losses(self) -> list[dict[str, float]]:
@@ -335,12 +314,14 @@ class Run:
         if not loader.has_split("validation"):
             return
         self._trainer.drain()
+        self._log()
         start = time.perf_counter()
         accuracy = self._trainer.evaluate(loader.evaluation("validation")).accuracy
         step = self._trainer.num_steps - 1
         with self._metrics:
-            self._files.append([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
+            self._record([{"step": step, "epoch": epoch, "validation_accuracy": accuracy}])
         self._validation = accuracy
+        self._restart_interval()
         self._start += time.perf_counter() - start  # as if training had begun so much later
 
     # ------------------------------------------------------------------ after the loop
@@ -354,6 +335,8 @@ class Run:
         trainer.wait_saved()
         self._files.save_final(trainer.state_dict(), trainer.num_steps)
         self._stack.close()
+        if self.options.trace:  # now that the workers have told of their last actions too
+            self._files.save_trace(chrome_trace(trainer.all_events()))
         found = trainer.evaluate(loader.evaluation("test"))
         is_trained = trainer.num_steps > self._first_step  # else all was done before the resume
         result: dict[str, Any] = {

@@ -3,7 +3,9 @@
 ::
 
     RUN/run.json            plan, options and versions
-        metrics.jsonl       a row per stage and step, and one per epoch
+        metrics.jsonl       a row per stage and step, one per log interval, and one per epoch
+        tensorboard/        the same for TensorBoard
+        trace.json          what the stages did in the last steps (trace.py)
         step-00000050/      checkpoints (checkpoint.py)
         final.safetensors   the trained weights
         result.json         the result; written last
@@ -25,8 +27,9 @@ from scpl_compile.runtime.options import Options
 
 __all__ = ["Follower", "RunDirectory", "trained_steps"]
 
-_COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "lr", "lr_schedule",
-             "seed", "threads_per_stage")  # fmt: skip
+_COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
+             "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate", "amp",
+             "channels_last", "seed", "threads_per_stage")  # fmt: skip
 """Options that a resumed run must share with the run that it continues."""
 
 
@@ -140,6 +143,11 @@ class RunDirectory:
         with self._writing():  # one key: the order of several is not kept in the file
             checkpoint.save_tensors(self.final, state, {"run": json.dumps(facts)})
 
+    def save_trace(self, trace: Mapping[str, Any]) -> None:
+        """Write trace.json."""
+        with self._writing():
+            (self.path / "trace.json").write_text(json.dumps(trace), "utf-8")
+
     def save_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run is finished."""
         with self._writing():
@@ -164,6 +172,9 @@ class Follower:
         """Nothing."""
 
     def save_final(self, state: Mapping[str, Tensor], num_steps: int) -> None:
+        """Nothing."""
+
+    def save_trace(self, trace: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def save_result(self, result: Mapping[str, Any]) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from scpl_compile.errors import MethodError, TrainingError, context
+from scpl_compile.runtime.activity import Activity
 from scpl_compile.runtime.descent import Descent
 from scpl_compile.runtime.lane import Lane, Mark
 from scpl_compile.runtime.randomness import StageRandom
+from scpl_compile.runtime.sharding import like, whole_tensor
 from scpl_compile.runtime.stage import as_tuple
 from scpl_compile.runtime.step_options import StepOptions
 
@@ -40,7 +42,8 @@ class StageStep:
     to the next stage, in the order in which `training_step` gives them. detach is False where
     gradients cross the cuts. draws, recomputes: whether F, and B too (activation checkpointing),
     draw randomness. training_step: in place of the module's, as one that averages gradients over
-    replicas. options: precision, memory format, clipping, accumulation, what crosses a cut.
+    replicas. options: precision, memory format, clipping, accumulation, what crosses a cut. The
+    engine tells `activity` when the stage waits.
 
     The host never waits for the device here: losses stay where they are until `take_losses`.
 
@@ -71,8 +74,7 @@ class StageStep:
                 "amp 'fp16' scales the loss of every stage by itself, but in backpropagation "
                 "gradients cross between the stages; take amp 'bf16', which needs no scale"
             )
-        with lane.scope():
-            options.arrange_module(module)
+        options.arrange_module(module)
         self.index = index
         self.module = module
         own: Callable[..., Any] = module.training_step  # type: ignore[assignment]
@@ -80,6 +82,7 @@ class StageStep:
         self.inputs = inputs
         self.sends = sends
         self.lane = lane
+        self.activity = Activity()
         self._descent = Descent(module, optimizer, learning_rate, options, lane.device)
         self.random = random
         self.detach = detach
@@ -236,7 +239,10 @@ class StageStep:
             tensors |= own
             random_tensors, values["random"] = self.random.state()
             tensors |= {f"random.{name}": value for name, value in random_tensors.items()}
-            copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+            copies = {
+                name: whole_tensor(value.detach()).to("cpu", copy=True)
+                for name, value in tensors.items()
+            }
             return {name: value.contiguous() for name, value in copies.items()}, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -261,7 +267,7 @@ class StageStep:
                         f"stage {self.index}: {name!r} is {tuple(value.shape)} in the checkpoint "
                         f"and {tuple(own[name].shape)} in the stage"
                     )
-                own[name].copy_(value)
+                own[name].copy_(like(value, own[name]))
             with context(f"stage {self.index}"):
                 self._descent.load_state(tensors, values)
         random_tensors = {

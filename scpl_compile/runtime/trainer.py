@@ -3,21 +3,23 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.actions import Action
+from scpl_compile.actions import Action, step_kinds
 from scpl_compile.errors import DataError, ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import (
     Inputs,
     check_labels,
     check_outside,
     check_trainable,
     named_inputs,
+    num_samples,
 )
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
@@ -59,7 +61,8 @@ class Trainer:
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
         wire_dtype: "bfloat16" or "float16": what crosses a cut is rounded to it; labels never.
-        record_events: keep every executed action with its times in `events`.
+        record_events: keep every executed action with its times in `events`; trace_steps: keep
+            those of about so many last steps.
 
     A step returns at once: do not write to its tensors afterwards, and draw random numbers of your
     own inside runtime.own_draws(). Losses are read when asked for.
@@ -67,6 +70,8 @@ class Trainer:
     Raises:
         MethodError: an option that the plan does not allow.
     """
+
+    _on_ranks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,12 +99,13 @@ class Trainer:
         wire_dtype: str = "",
         queue_depth: int = 2,
         record_events: bool = False,
+        trace_steps: int = 0,
         actions: Sequence[Iterator[Action]] | None = None,
     ) -> None:
         self.plan = plan
         self.model = model
         self.seed = seed
-        self.schedule = self._check_schedule(schedule or plan.schedule)
+        self.schedule = check_schedule(plan, schedule or plan.schedule, on_ranks=self._on_ranks)
         self.threads_per_stage = threads_per_stage or plan.threads_per_stage
         self.devices = self._resolve_devices(tuple(devices or plan.placement))
         everyone = range(plan.num_stages)
@@ -136,20 +142,17 @@ class Trainer:
             for k, module in modules.items()
         )
         self._queue_depth = queue_depth
-        self._record_events = record_events
+        kept = trace_steps * plan.num_stages * len(step_kinds("bp", 1, 3))  # the longest step
+        self._max_events = None if record_events else kept
         self._engine = self._start_engine(0, actions)
         self._saver = Saver(self._stages, plan.num_stages, self._is_saved)
         self._has_warned = False
-
-    def _check_schedule(self, schedule: str) -> str:
-        return check_schedule(self.plan, schedule, on_ranks=False)
 
     def _resolve_devices(self, names: tuple[str, ...]) -> tuple[torch.device, ...]:
         """The device of every stage."""
         return resolve_devices(names, self.plan.num_stages)
 
     def _own_stages(self) -> Sequence[int]:
-        """The stages that this process runs."""
         return range(self.plan.num_stages)
 
     def _start_engine(
@@ -161,7 +164,8 @@ class Trainer:
             threads_per_stage=self.threads_per_stage,
             first_step=first_step,
             depth=self._queue_depth,
-            record_events=self._record_events,
+            record_events=self._max_events != 0,
+            max_events=self._max_events,
             actions=actions,
         )
 
@@ -201,6 +205,10 @@ class Trainer:
         """The executed actions, where `record_events` was asked for."""
         return tuple(self._engine.events)
 
+    def all_events(self) -> tuple[Event, ...]:
+        """Those of every process."""
+        return self.events
+
     def step(self, inputs: Inputs, labels: Tensor) -> None:
         """Train every stage on one batch. Returns as soon as stage 0 has room for it.
 
@@ -215,7 +223,7 @@ class Trainer:
         """
         check_outside(self.devices)
         values = named_inputs(self.plan.inputs, inputs)
-        low, high = check_labels(labels, _batch_size(values), self.plan.num_classes)
+        low, high = check_labels(labels, num_samples(values), self.plan.num_classes)
         check_trainable({**values, "labels": labels})
         if low == high and labels.numel() > 1 and not self._has_warned:
             self._has_warned = True
@@ -240,6 +248,10 @@ class Trainer:
             names = rows[0][1] if rows else {}
             means.append({name: sum(row[name] for _, row in rows) / len(rows) for name in names})
         return means
+
+    def take_usage(self) -> list[Usage]:
+        """For every stage how it spent its time since the last call."""
+        return [stage.activity.take() for stage in self._stages]
 
     def drain(self) -> None:
         """Wait until every stage has finished every submitted step."""
@@ -299,9 +311,9 @@ class Trainer:
         for batch in batches:
             inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
             values = named_inputs(self.plan.inputs, inputs)
-            check_labels(labels, _batch_size(values), self.plan.num_classes)
-            if len(labels) != _batch_size(values):
-                raise DataError(f"{_batch_size(values)} samples have {len(labels)} labels")
+            check_labels(labels, num_samples(values), self.plan.num_classes)
+            if len(labels) != num_samples(values):
+                raise DataError(f"{num_samples(values)} samples have {len(labels)} labels")
             tally.add(self._predict(values), labels)
         return tally.result()
 
@@ -380,10 +392,6 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _batch_size(values: Mapping[str, Tensor]) -> int:
-    return next(iter(values.values())).shape[0]
 
 
 def _sends(plan: Plan, stage: int) -> tuple[str, ...]:

@@ -125,11 +125,16 @@ class _Slots:
         self._works: list[dist.Work | None] = [None] * _SLOTS
         self._next = 0
 
+    def wait(self) -> None:
+        """Wait until what the next slot was last used for has ended."""
+        if (work := self._works[self._next]) is not None:
+            work.wait()
+            self._works[self._next] = None
+
     def take(self, nbytes: int) -> tuple[int, Tensor]:
         """(slot, its first `nbytes` bytes), after what it was last used for has ended."""
+        self.wait()
         slot, self._next = self._next, (self._next + 1) % _SLOTS
-        if (work := self._works[slot]) is not None:
-            work.wait()
         if self._buffers[slot].numel() < nbytes:
             self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return slot, self._buffers[slot][:nbytes]
@@ -147,6 +152,10 @@ class Outbox:
         self._names = tuple(names)
         self._slots = _Slots(device)
         self._layouts: dict[Key, Layout] = {}
+
+    def wait_for_room(self) -> None:
+        """Wait while both slots are under way."""
+        self._slots.wait()
 
     def send(self, key: Key, values: Mapping[str, Tensor]) -> None:
         """Send `values`, which may be changed afterwards; waits while both slots are under way.
@@ -186,6 +195,12 @@ class Inbox:
     def knows(self, key: Key) -> bool:
         """Whether `post` would not have to wait for a header."""
         return key in self._layouts
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `take` would not have to wait."""
+        work = self._posted[0][2] if self._posted else None
+        return work is not None and work.is_completed()
 
     def post(self, key: Key) -> None:
         """Begin to receive the next message, which has this key. At most one may be in use."""

@@ -1,6 +1,7 @@
 """Writing a program directory: all of it, or nothing; and never over what a user made."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -82,7 +83,9 @@ def test_train_py_shows_the_schedule_of_its_plan(golden: Compile) -> None:
     assert "    stage 2   .  .  F0 B0 F1 B1 F2 B2" in scpl
     assert 'schedule = "stream"  # or in_step, sequential\n' in scpl
     assert "    stage 1   .  F0 B0 .  .  F1 B1" in bp
-    assert 'schedule = "bp"\n' in bp
+    assert 'schedule = "bp"  # or gpipe, 1f1b, zb, ddp\nmicrobatches = 8' in bp
+    gpipe = train_source(dataclasses.replace(golden(NAME).plan, schedule="gpipe"))
+    assert "    stage 1   .  F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3" in gpipe
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 6, 9, 30])

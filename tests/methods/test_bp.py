@@ -13,5 +13,5 @@ def test_only_the_last_stage_has_a_loss() -> None:
 
 def test_the_gradient_crosses_and_the_schedule_is_its_own() -> None:
     assert Backpropagation.detach is False
-    assert Backpropagation.schedule == "bp"
+    assert Backpropagation().schedule == "bp"
     assert Backpropagation().inference(2) == ("0F", "1F")

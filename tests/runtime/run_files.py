@@ -1,6 +1,7 @@
 """What tests of runs read of a run directory."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,13 @@ def same_bits(one: Path, other: Path) -> bool:
     """Whether both runs ended with the same weights and buffers."""
     left, right = final(one), final(other)
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def read_scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by tag, of TensorBoard's files."""
+    module = import_module("tensorboard.backend.event_processing.event_accumulator")
+    found = module.EventAccumulator(str(directory)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }

@@ -60,6 +60,16 @@ CALLS = ("send", "receive", "receive_gradients", "pass_gates", "drain")
 # ---------------------------------------------------------------------- messages
 
 
+def test_the_fill_is_the_share_of_the_places_that_are_taken() -> None:
+    board = Board(2, depth=4, first_step=0)
+    fills = [board.fill(1)]
+    for step in range(3):
+        board.send(1, message(step))
+        fills.append(board.fill(1))
+    board.receive(1)
+    assert [*fills, board.fill(1)] == [0, 0.25, 0.5, 0.75, 0.5] and board.fill(0) == 0
+
+
 def test_messages_arrive_in_order_in_their_own_inbox() -> None:
     board = Board(3, 4, 0)
     for step in range(4):

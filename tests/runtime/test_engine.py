@@ -75,6 +75,12 @@ def test_recorded_events_are_the_picture_of_the_schedule(num_stages: int, schedu
             assert at[need].start_ns < at[action].end_ns
 
 
+def test_of_the_events_the_last_ones_stay() -> None:
+    _, engine = train_steps(1, "stream", 5, record_events=True, max_events=6)
+    found = [str(event.action) for event in engine.events]
+    assert found == ["0B3", "0U3", "0RECV4", "0F4", "0B4", "0U4"]
+
+
 def test_sequential_runs_one_stage_after_another() -> None:
     _, engine = train_steps(3, "sequential", 5, record_events=True)
     work = sorted((e for e in engine.events if e.action.kind in "BU"), key=lambda e: e.start_ns)

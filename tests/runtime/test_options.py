@@ -90,6 +90,15 @@ def test_help_does_without_the_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--stepps", "3"], "unrecognized arguments: --stepps 3"),
         (["digits"], "unrecognized arguments: digits"),
+        (["--accumulate", "0"], "--accumulate is 0; give at least 1"),
+        (["--warmup", "-1"], "--warmup is -1; give at least 0"),
+        (["--clip-norm", "-1"], "--clip-norm is -1.0; give at least 0"),
+        (["--clip-norm", "nan"], "--clip-norm is nan; give at least 0"),
+        (["--weight-decay", "-0.1"], "--weight-decay is -0.1; give at least 0"),
+        (["--amp", "half"], "amp 'half' is not one of none, bf16, fp16"),
+        (["--lr-schedule", "linear"], "lr_schedule 'linear' is not one of constant, cosine, "),
+        (["--lr-schedule", "ReduceLROnPlateau"], "needs a metric"),
+        (["--optimizer-options", "momentum"], "optimizer option 'momentum' is not name=value"),
     ],
 )
 def test_bad_usage_ends_with_exit_code_2(
@@ -98,7 +107,11 @@ def test_bad_usage_ends_with_exit_code_2(
     constants: dict[str, object],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    training = {
+        "accumulate": 1, "warmup": 0, "clip_norm": 0.0, "weight_decay": 0.0, "amp": "none",
+        "lr_schedule": "cosine", "optimizer_options": "",
+    }  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        parse_options(DOC, constants, argv)
+        parse_options(DOC, {**constants, **training}, argv)
     assert end.value.code == 2
     assert told in capsys.readouterr().err

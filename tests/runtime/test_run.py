@@ -16,20 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_files import QUICK, final, loss_rows, metrics, same_bits
+from run_files import QUICK, final, loss_rows, metrics, read_scalars, same_bits
 from scpl_compile.errors import DataError, ProgramError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Loader
 from scpl_compile.runtime.evaluation import Evaluation
+from scpl_compile.runtime.launch import launch, versions
+from scpl_compile.runtime.learning_rate import learning_rate
+from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.program import load_stages, read_plan
-from scpl_compile.runtime.run import (
-    Run,
-    evaluation_facts,
-    launch,
-    open_loader,
-    versions,
-)
+from scpl_compile.runtime.run import Run, evaluation_facts
 from scpl_compile.runtime.run_lock import RunLock
+from scpl_compile.runtime.scalars import tagged
 
 Train = Callable[..., Any]
 
@@ -44,7 +42,7 @@ def test_a_run_prints_one_object_and_leaves_weights_and_metrics(
     assert len(ran.stdout.splitlines()) == 1
     assert ran.json.keys() == {
         "accuracy", "num_samples", "losses", "samples_per_second", "seconds", "steps", "schedule",
-        "devices", "threads_per_stage", "versions",
+        "engine", "replicas", "devices", "threads_per_stage", "versions",
     }  # fmt: skip
     assert ran.json["steps"] == 8
     assert ran.json["schedule"] == "stream" and ran.json["devices"] == ["cpu", "cpu"]
@@ -119,8 +117,11 @@ def test_the_time_of_a_validation_does_not_count(
 def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
     options = Namespace(
         data="random:64", augment="basic", batch_size=16, epochs=3, steps=0, optimizer="sgd",
-        lr=0.5, lr_schedule="constant", schedule="in_step", devices="cpu,cpu", seed=7,
+        optimizer_options="momentum=0.9", weight_decay=0.1, warmup=2, clip_norm=1.0, accumulate=2,
+        amp="bf16", channels_last=True, lr=0.5, lr_schedule="constant", schedule="in_step",
+        devices="cpu,cpu", seed=7, tensorboard=False, trace=False,
         threads_per_stage=2, run_dir="run", save_every=0, log_every=1, resume=False, force=False,
+        engine="threads", replicate="ddp", contrast="local", wire_dtype="",
     )  # fmt: skip
     given: dict[str, Any] = {}
 
@@ -135,8 +136,72 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
         assert next(run.epochs(loader)) == (0, 0)
     assert given == {
         "devices": ("cpu", "cpu"), "optimizer": "sgd", "lr": 0.5, "lr_schedule": "constant",
+        "optimizer_options": "momentum=0.9", "weight_decay": 0.1, "warmup": 2, "clip_norm": 1.0,
+        "accumulate": 2, "amp": "bf16", "channels_last": True, "wire_dtype": "",
         "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
+        "trace_steps": 0,
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def test_rows_have_the_learning_rate_of_their_step(train: Train, program: Path) -> None:
+    schedule = "StepLR:step_size=3,gamma=0.5"
+    train(program, *QUICK, "--steps", 8, "--lr", 0.1, "--lr-schedule", schedule, "--warmup", 2)
+    rate = learning_rate(0.1, schedule, 8, warmup=2)
+    rows = [row for row in metrics(program / "run") if "losses" in row]
+    assert len(rows) == 16 and all(row["lr"] == rate(row["step"]) for row in rows)
+    assert {row["lr"] for row in rows} == {0.05, 0.1}
+
+
+def test_every_log_interval_has_a_row_of_the_run(train: Train, program: Path) -> None:
+    """And every epoch, since the time of the validation is in no interval."""
+    ran = train(program, "--data", "random:96", *QUICK[2:], "--epochs", 2, "--log-every", 4)
+    assert ran.code == 0
+    rows = [row for row in metrics(program / "run") if "samples_per_second" in row]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)) and {3, 5, 7, 11} >= set(steps) >= {5, 11}
+    for row in rows:
+        assert row["samples_per_second"] > 0
+        assert all(len(row[name]) == 2 for name in ("waiting", "queue_fill"))
+        assert all(0 <= share <= 1 for name in ("waiting", "queue_fill") for share in row[name])
+
+
+def test_tensorboard_has_what_the_rows_have(train: Train, program: Path) -> None:
+    options = (*QUICK, "--steps", 6, "--save-every", 3, "--tensorboard")
+    assert train(program, *options).code == 0
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for row in metrics(program / "run"):
+        for tag, value in tagged(row).items():
+            expected.setdefault(tag, []).append((row["step"], pytest.approx(value, rel=1e-6)))
+    found = read_scalars(program / "run" / "tensorboard")
+    assert found == {tag: sorted(points, key=lambda p: p[0]) for tag, points in expected.items()}
+    assert {"lr", "accuracy/validation", "waiting/stage 1"} < found.keys()
+
+
+def test_without_tensorboard_the_earlier_run_stays(
+    train: Train, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(program, *QUICK, "--steps", 1)
+
+    def missing(name: str) -> None:
+        raise ImportError("TensorBoard logging requires TensorBoard")
+
+    monkeypatch.setattr("scpl_compile.runtime.scalars.import_module", missing)
+    ran = train(program, *QUICK, "--steps", 1, "--tensorboard", "--force")
+    assert ran.code == 1 and ran.error.endswith("; pip install tensorboard")
+    assert (program / "run" / "final.safetensors").is_file()
+
+
+def test_a_trace_has_the_last_steps_of_every_stage(train: Train, program: Path) -> None:
+    assert train(program, *QUICK, "--steps", 5, "--trace").code == 0
+    trace = json.loads((program / "run" / "trace.json").read_text())
+    slices = {(row["tid"], row["name"]) for row in trace["traceEvents"] if row["ph"] == "X"}
+    kinds = {0: ("RECV", "F", "SEND", "B", "U"), 1: ("RECV", "F", "B", "U")}
+    every = {(k, f"{kind}{t}") for k in kinds for kind in kinds[k] for t in range(5)}
+    assert slices == every
+    assert len([row for row in trace["traceEvents"] if row["ph"] == "s"]) == 5
 
 
 # ---------------------------------------------------------------------- the run directory

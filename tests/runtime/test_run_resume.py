@@ -162,6 +162,22 @@ def test_going_on_from_any_checkpoint_gives_the_same_bits(
     assert same_bits(program / "whole", program / "run")
 
 
+def test_going_on_between_two_updates_gives_the_same_bits(
+    train: Train, program: Path, interrupt: Callable[[int], None]
+) -> None:
+    options = (
+        *LONG, "--accumulate", 3, "--amp", "fp16", "--clip-norm", 0.5, "--channels-last",
+        "--optimizer", "sgd", "--optimizer-options", "momentum=0.9", "--weight-decay", 0.01,
+        "--lr-schedule", "OneCycleLR:max_lr=0.05", "--warmup", 3,
+    )  # fmt: skip
+    train(program, *options, "--run-dir", "whole")
+    interrupt(10)
+    assert train(program, *options).code == 130
+    ran = train(program, *options, "--resume", "--json")
+    assert ran.json["steps"] == 15 and "resumed after step 8" in ran.stderr
+    assert same_bits(program / "whole", program / "run")
+
+
 def test_a_checkpoint_without_manifest_does_not_exist(
     train: Train, program: Path, interrupt: Callable[[int], None]
 ) -> None:
@@ -244,6 +260,8 @@ def rewrite(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Pat
             r"step-00000004 belongs to another plan",
         ),
         (lambda run: None, ("--lr", "0.5"), r"was begun with --lr 0\.001, not 0\.5; resume with"),
+        (lambda run: None, ("--amp", "bf16"), r"was begun with --amp none, not bf16; resume with"),
+        (lambda run: None, ("--accumulate", "2"), r"begun with --accumulate 1, not 2; resume with"),
         (lambda run: None, ("--seed", "2"), r"was begun with --seed 0, not 2; resume with"),
         (lambda run: None, ("--augment", "basic"), r"was begun with --augment none, not basic"),
         (lambda run: None, ("--threads-per-stage", "3"), r"begun with --threads-per-stage \d, not"),

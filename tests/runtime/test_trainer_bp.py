@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import InputSpec, ModelSource
 from scpl_compile.runtime.randomness import seeded
+from scpl_compile.runtime.schedules import _compile_again, allowed_schedules, check_schedule
 from scpl_compile.runtime.stage import take
-from scpl_compile.runtime.trainer import Trainer, _compile_again, allowed_schedules
+from scpl_compile.runtime.trainer import Trainer
 from stage_nets import (
     NUM_CLASSES,
     WIDTH,
@@ -166,8 +167,12 @@ def test_inputs_go_by_name() -> None:
         assert differences(outcome(one), outcome(two)) == []
 
 
-def test_bp_has_one_schedule_and_scpl_has_none_of_it() -> None:
-    assert allowed_schedules(block_plan(2, schedule="bp")) == ("bp",)
+def test_bp_has_schedules_and_scpl_has_none_of_them() -> None:
+    plan = block_plan(2, schedule="bp")
+    assert allowed_schedules(plan) == ("bp", "gpipe", "1f1b", "zb", "ddp")
+    with pytest.raises(MethodError, match="'1f1b' runs on ranks.*--nproc-per-node 2 train.py"):
+        check_schedule(plan, "1f1b", on_ranks=False)
+    assert check_schedule(plan, "1f1b", on_ranks=True) == "1f1b"
     assert allowed_schedules(block_plan(2)) == ("stream", "in_step", "sequential")
     again = "compile the model again with method='scpl', num_stages=3"
     with pytest.raises(MethodError, match=f"'stream' does not go with method 'bp'.*{again}"):

@@ -4,6 +4,7 @@
     python train.py --data digits --steps 50
     python train.py --data fashion-mnist --epochs 2 --save-every 100
     python train.py --resume
+    torchrun --standalone --nproc-per-node 2 train.py --data digits
 
 Every constant of this file is an option too, as in --batch-size 64.
 
@@ -28,17 +29,30 @@ epochs = 1
 steps = 0  # stop after so many; 0: after the epochs
 # every stage has an optimizer of its own
 optimizer = "adam"  # or another of torch.optim: sgd, adamw, …
+optimizer_options = ""  # momentum=0.9,nesterov=true or betas=0.9/0.98
+weight_decay = 0.0  # of weights of 2 and more dimensions; 0: what the optimizer does itself
 lr = 1e-3
-lr_schedule = "cosine"  # to lr / 100 at the last step; or constant
+lr_schedule = "cosine"  # to lr / 100; or constant, or torch's: StepLR:step_size=30,gamma=0.1
+warmup = 0  # steps in which the learning rate rises linearly
+clip_norm = 0.0  # the longest gradient of a stage; 0: any
+accumulate = 1  # batches per update
 # stages
+amp = "none"  # or bf16, fp16: autocast
+channels_last = False  # memory format of images
 schedule = "stream"  # or in_step, sequential
 devices = "cpu"  # at most one per stage; cpu,cpu or cuda:0,cuda:1 or auto
+engine = "auto"  # ranks (a process per stage) under torchrun, else threads of this process
+wire_dtype = ""  # or bfloat16: what crosses a cut is rounded to it
+replicate = "ddp"  # or fsdp: replicas, of torchrun with a multiple of the stages, share memory
+contrast = "local"  # or global: over the features of all replicas
 threads_per_stage = 1  # equal threads, equal bits
 seed = 0
 # the run directory holds checkpoints, metrics and, at the end, final.safetensors
 run_dir = "run"  # within this directory, unless it begins with /
 save_every = 0  # steps between checkpoints; 0: none
 log_every = 10  # steps between two looks at the losses
+tensorboard = False  # the metrics in run_dir/tensorboard too
+trace = False  # run_dir/trace.json, for ui.perfetto.dev: what the stages did in the last steps
 resume = False  # go on from the newest checkpoint
 force = False  # replace an existing run directory
 json = False  # one JSON object as the last line of stdout

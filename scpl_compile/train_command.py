@@ -1,0 +1,55 @@
+"""The command that runs an emitted train.py: one process, or one per stage where that pays."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from scpl_compile.errors import ProgramError
+from scpl_compile.ir import Plan
+from scpl_compile.runtime.lane import split_devices
+from scpl_compile.runtime.program import read_plan
+from scpl_compile.runtime.schedules import is_parallel, stage_columns
+
+__all__ = ["train_command"]
+
+
+def train_command(directory: Path, arguments: Sequence[str]) -> list[str]:
+    """How `scpl train` runs the program in `directory` with these arguments of its train.py.
+
+    Ranks, a process per stage, where stages run at the same time: Python's lock does not let the
+    threads of one process overlap in small steps. `--engine` among the arguments overrides. Stages
+    that share GPUs stay in one process, with a stream each.
+
+    Raises:
+        ProgramError: there is no program.
+    """
+    script = directory / "train.py"
+    if not script.is_file():
+        raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
+    is_ours = (directory / "plan.json").is_file()
+    num_ranks = _num_ranks(read_plan(directory), arguments) if is_ours else 1
+    if num_ranks == 1:
+        return [sys.executable, str(script), *arguments]
+    launcher = [sys.executable, "-m", "scpl_compile.runtime.launcher", str(num_ranks)]
+    return [*launcher, str(script), *arguments]
+
+
+def _num_ranks(plan: Plan, arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--schedule", default=plan.schedule)
+    parser.add_argument("--devices", default=",".join(plan.placement))
+    parser.add_argument("-h", "--help", action="store_true")
+    options, _ = parser.parse_known_args(list(arguments))
+    if options.help or options.engine == "threads":
+        return 1
+    if options.engine != "ranks" and not is_parallel(options.schedule):
+        return 1
+    columns = stage_columns(options.schedule, plan.num_stages)
+    num_ranks = max(1 + max(columns), 2 if options.schedule == "ddp" else 1)
+    names = split_devices(options.devices, plan.num_stages)
+    gpus = {name for name in names if torch.device(name).type == "cuda"}
+    return num_ranks if not gpus or len(gpus) >= num_ranks else 1
