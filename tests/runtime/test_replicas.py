@@ -174,10 +174,12 @@ def ranks(programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def expected_step(programs: dict[str, Path], name: str, views: int, options: dict[str, Any]) -> Any:
     """One process: the whole batch, or the mean of what the shares give by themselves."""
     directory = programs[name]
-    options = {key: value for key, value in options.items() if key != "accumulate"}
+    options = dict(options)
+    options.pop("accumulate", None)
+    is_whole = options.pop("contrast", "global") == "global"
     with float64():  # which tells what example_inputs draw, too
         whole = batch(directory, views)
-        if options.get("contrast") != "local":
+        if is_whole:
             return after_one_step(directory, whole, **options)
         halves = [after_one_step(directory, whole.share(r, 2), **options) for r in range(2)]
         return {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
