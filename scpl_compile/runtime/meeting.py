@@ -143,10 +143,13 @@ class Meeting:
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told."""
         text = f"{error}" if isinstance(error, ScplError) else f"{type(error).__name__}: {error}"
-        if self.store.add("failures", 1) == 1:
-            self.store.set(_FAILURE, f"{self.place}{text}{remedy(error)}")
-        self.watch.stop()
-        _end(self.store, self.rank, self.world_size)
+        try:
+            if self.store.add("failures", 1) == 1:
+                self.store.set(_FAILURE, f"{self.place}{text}{remedy(error)}")
+            self.watch.stop()
+            _end(self.store, self.rank, self.world_size)
+        except (dist.DistError, RuntimeError):  # the store is gone, and rank 0 with it
+            self.watch.stop()
 
     def leave(self) -> None:
         """Close the connections that were made here, once all ranks are here.

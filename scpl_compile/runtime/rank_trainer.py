@@ -201,6 +201,14 @@ class RankTrainer(Trainer):
                 for k, rows in posted["losses"]:
                     yield k, [(step, losses) for step, losses in rows]
 
+    def __exit__(self, *exception: object) -> None:
+        """Drains if all went well: another trainer among these ranks would receive what is under
+        way.
+        """
+        if exception[0] is None:
+            self.drain()
+        super().__exit__(*exception)
+
     # ------------------------------------------------------------------ inference
 
     def predict(self, inputs: Inputs) -> list[Tensor]:

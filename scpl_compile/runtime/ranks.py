@@ -157,6 +157,10 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
             f"of them, or a multiple for replicas: torchrun --nproc-per-node {width} train.py"
         )
     device = _device_of(devices, columns.index(meeting.rank % width), len(columns))
+    meeting.agree(
+        {"devices of kind": device.type},
+        "start no more ranks on a host than it has GPUs, or give --devices cpu",
+    )
     if meeting.owns_group:
         _init_group(meeting, _backend(device), device)
     mesh = init_device_mesh(
