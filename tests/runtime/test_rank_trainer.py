@@ -84,7 +84,7 @@ def inference(home: Path, name: str, **where: Any) -> dict[str, object]:
 
 def untouched_losses(home: Path, **where: Any) -> None:
     """A trainer of whose losses, or end, nobody asks."""
-    with make(home, "tied", **where) as trainer:
+    with make(home, "tied", schedule="in_step", **where) as trainer:
         train(trainer, home, end=3)
 
 
@@ -100,7 +100,7 @@ def save_often(home: Path, run: Path, **where: Any) -> dict[str, object]:
 
 def resume(home: Path, directory: Path, schedule: str = "stream", **where: Any) -> Any:
     with make(home, "tied", schedule=schedule, **where) as trainer:
-        train(trainer, home, end=2)  # of another past
+        train(trainer, home, end=4)  # of another past
         trainer.load(directory)
         train(trainer, home, first=MIDDLE)
         return outcome(trainer)
