@@ -68,6 +68,7 @@ class RankEngine:
         self._records = record_events
         self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
         self._tokens: list[dist.Work | None] = []
+        self._passed: set[Action] = set()
         before, after = crossings
         device, k = stage.lane.device, stage.index
         is_first, is_last = k == 0, k == len(ranks.columns) - 1
@@ -111,6 +112,8 @@ class RankEngine:
         self.finish()
         self.stage.lane.synchronize()
         with self.telling_failures():
+            # Nothing stays under way: another engine among these ranks would take it for its own.
+            self._pass_gates(self.num_steps)
             self._ranks.barrier()
 
     def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
@@ -177,11 +180,16 @@ class RankEngine:
                 self._open_gates(step)
 
     def _pass_gates(self, step: int) -> None:
-        """Wait for the updates of other ranks that F(step) comes after."""
-        for gate in self._gates(self.stage.index, step):
-            if gate.stage != self.stage.index and gate.step >= self._first_step:
-                source, tag = self._ranks.rank_of(gate.stage), _TOKENS + gate.step
-                dist.recv(torch.empty(1, dtype=torch.int64), source, tag=tag)
+        """Wait for the updates of other ranks that F(step) comes after, if they are submitted."""
+        awaited = {
+            gate
+            for gate in self._gates(self.stage.index, step)
+            if gate.stage != self.stage.index and self._first_step <= gate.step < self.num_steps
+        }
+        for gate in sorted(awaited - self._passed):
+            source, tag = self._ranks.rank_of(gate.stage), _TOKENS + gate.step
+            dist.recv(torch.empty(1, dtype=torch.int64), source, tag=tag)
+        self._passed = awaited
 
     def _open_gates(self, step: int) -> None:
         """Tell every rank whose F waits for this update; the messages are one number."""

@@ -102,7 +102,7 @@ class RankInference:
             shape = torch.tensor(logits.shape)
             dist.broadcast(shape, source, group=group)
             if i not in found:
-                logits = torch.empty(*shape.tolist())
+                logits = torch.empty(*shape.tolist(), dtype=torch.float32)
             dist.broadcast(logits, source, group=group)
             exits.append(logits)
         return exits

@@ -333,6 +333,7 @@ class RankTrainer(Trainer):
         with new ones.
         """
         super().load(directory)
+        self.take_losses()  # what the others told is of another past
         if self._ranks.replica:
             for stage in self._stages:
                 seed = spread_seed(self._stage_seed(stage.index), self.num_steps)
