@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "balanced_cnn": (
         Case(
             model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10,
-            batch_size=64, steps=12, split_at=("block2",),
+            batch_size=64, steps=20, split_at=("block2",), options={"head": "mlp"},
         ),
         5,
     ),

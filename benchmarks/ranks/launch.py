@@ -21,7 +21,10 @@ WORKER = Path(__file__).with_name("worker.py")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One model and batch. steps: of every timed call (filling the pipeline costs one of them)."""
+    """One model and batch. steps: of every timed call (filling the pipeline costs one of them).
+
+    options: of the heads and losses.
+    """
 
     model: str
     inputs: str
@@ -30,6 +33,7 @@ class Case:
     steps: int
     config: Mapping[str, Any] = field(default_factory=dict)
     split_at: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Path]:
             num_stages=2,
             split_at=case.split_at,
             method=method,
+            options=dict(case.options) if method == "scpl" else {},
             batch_size=case.batch_size,
             threads_per_stage=1,
             out=programs[method],

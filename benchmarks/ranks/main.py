@@ -26,18 +26,18 @@ _TEXT = "ids:int64:64<1000,mask:int64:64<2"
 CASES: dict[str, Case] = {
     "balanced_cnn": Case(
         model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10, batch_size=64,
-        steps=20, split_at=("block2",),
+        steps=50, split_at=("block2",), options={"head": "mlp"},
     ),
     "resnet18": Case(
-        model="torchvision:resnet18", inputs="3x64x64", num_classes=10, batch_size=32, steps=12,
+        model="torchvision:resnet18", inputs="3x64x64", num_classes=10, batch_size=32, steps=30,
     ),
     "small_vit": Case(
         model="benchmarks.models:small_vit", inputs="3x32x32", num_classes=10, batch_size=32,
-        steps=12,
+        steps=30,
     ),
     "text_lstm": Case(
         model="benchmarks.models:text_lstm", inputs=_TEXT, num_classes=4, batch_size=64,
-        steps=20, config={"width": 128},
+        steps=50, config={"width": 128},
     ),
 }  # fmt: skip
 

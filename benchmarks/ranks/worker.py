@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import compare, pinned_threads  # noqa: E402
+from scpl_compile.runtime.allocator import keep_freed_memory  # noqa: E402
 from scpl_compile.runtime.program import load_stages, read_plan  # noqa: E402
 from scpl_compile.runtime.rank_trainer import RankTrainer  # noqa: E402
 from scpl_compile.runtime.ranks import join  # noqa: E402
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--candidates", required=True, help="names, separated by ;")
     parser.add_argument("--answer", type=Path, required=True)
     options = parser.parse_args()
+    keep_freed_memory()  # as every emitted program does
     torch.set_num_threads(1)
     names = options.candidates.split(";")
     stage_names = [name for name in names if not name.startswith(("stage", "one", "threads"))]

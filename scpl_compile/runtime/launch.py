@@ -9,6 +9,7 @@ from types import NoneType
 import torch
 
 from scpl_compile.errors import ScplError, TrainingError
+from scpl_compile.runtime.allocator import keep_freed_memory
 from scpl_compile.runtime.program import missing_module
 from scpl_compile.runtime.progress import say
 from scpl_compile.version import __version__
@@ -20,8 +21,10 @@ def launch(main: Callable[[], None]) -> None:
     """Run `main`; an error of ours becomes one sentence on stderr and exit code 1.
 
     Where a stage's worker failed, its own traceback comes first. A warning is one line. So is a
-    module that is not there, as the one that the model came from.
+    module that is not there, as the one that the model came from. Memory that a step frees stays
+    with the process.
     """
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place: say(f"warning: {message}")
         try:

@@ -75,7 +75,9 @@ class RankEngine:
         gradients = schedule == "bp"
         with self.telling_failures():
             self._inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
-            self._outbox = None if is_last else Outbox(ranks.rank_of(k + 1), after, device)
+            self._outbox = (
+                None if is_last else Outbox(ranks.rank_of(k + 1), after, device, self._inbox)
+            )
             self._gradients_in = (
                 Inbox(ranks.rank_of(k + 1), after, device) if gradients and not is_last else None
             )
