@@ -81,6 +81,20 @@ class Bench:
 
     def alone(self, k: int) -> Run:
         """Stage k on recorded inputs, on rank k's core; the other rank waits."""
+        return _only(k, self._recorded(k))
+
+    def both(self) -> Run:
+        """Each rank its stage on recorded inputs at the same time; nothing is sent."""
+        run = self._recorded(RANK)
+
+        def together() -> None:
+            dist.barrier()
+            run()
+            dist.barrier()
+
+        return together
+
+    def _recorded(self, k: int) -> Run:
         stages = load_stages(self.programs["scpl"], self.plan)
         trainer = stages.build_trainer(schedule="sequential", threads_per_stage=1)
         trainer.close()
@@ -100,7 +114,7 @@ class Bench:
                     stage.update(step)
                 stage.take_losses()
 
-        return _only(k, run)
+        return run
 
     def threads(self, schedule: str) -> Run:
         """num_steps steps of the engine of one process, both cores."""
@@ -146,6 +160,7 @@ class Bench:
                for name in ("stream", "in_step", "bp", "gpipe", "1f1b", "zb", "ddp")},
             "stage 0 alone": lambda: self.alone(0),
             "stage 1 alone": lambda: self.alone(1),
+            "both stages, nothing sent": self.both,
             "threads: stream": lambda: self.threads("stream"),
             "one process: sequential": lambda: self.threads("sequential"),
             "one process: bp, 2 threads": self.whole,
@@ -188,7 +203,9 @@ def main() -> None:
     keep_freed_memory()  # as every emitted program does
     torch.set_num_threads(1)
     names = options.candidates.split(";")
-    stage_names = [name for name in names if not name.startswith(("stage", "one", "threads"))]
+    stage_names = [
+        name for name in names if not name.startswith(("stage", "both", "one", "threads"))
+    ]
     bench = Bench(options.scpl, options.bp, options.batch_size, options.steps)
     # The process group first: what waits for the other rank needs it.
     candidates = bench.candidates(stage_names + [n for n in names if n not in stage_names])
