@@ -102,7 +102,7 @@ def run_case(
         if any(codes):
             raise RuntimeError(f"the ranks ended with {codes}; see above")
         found = json.loads(answer.read_text())
-    return {name: _per_step(Stats(**one), num_steps) for name, one in found.items()}
+    return {name: Stats(**one).per_step(num_steps) for name, one in found.items()}
 
 
 def _environment(rank: int, address: str, port: int) -> dict[str, str]:
@@ -117,15 +117,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _per_step(stats: Stats, num_steps: int) -> Stats:
-    return Stats(
-        median_ms=stats.median_ms / num_steps,
-        p20_ms=stats.p20_ms / num_steps,
-        p80_ms=stats.p80_ms / num_steps,
-        n=stats.n,
-        peak_mib=stats.peak_mib,
-        peak_kind=stats.peak_kind,
-        note=stats.note,
-    )

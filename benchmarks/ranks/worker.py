@@ -85,14 +85,7 @@ class Bench:
 
     def both(self) -> Run:
         """Each rank its stage on recorded inputs at the same time; nothing is sent."""
-        run = self._recorded(RANK)
-
-        def together() -> None:
-            dist.barrier()
-            run()
-            dist.barrier()
-
-        return together
+        return _only(RANK, self._recorded(RANK))
 
     def _recorded(self, k: int) -> Run:
         stages = load_stages(self.programs["scpl"], self.plan)

@@ -1,7 +1,7 @@
 """Memory that a step frees stays with the process, for the next step needs it again.
 
 glibc gives every large block back to the system when it is freed, and the system clears its pages
-when they are taken again: on CPUs about a tenth of a step's time (benchmarks/ranks).
+when they are taken again, in every step.
 """
 
 import ctypes

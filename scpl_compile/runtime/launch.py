@@ -1,5 +1,6 @@
 """The edge of an emitted program: errors become sentences, and what it ran on is told."""
 
+import os
 import sys
 import traceback
 import warnings
@@ -11,7 +12,7 @@ import torch
 from scpl_compile.errors import ScplError, TrainingError
 from scpl_compile.runtime.allocator import keep_freed_memory
 from scpl_compile.runtime.program import missing_module
-from scpl_compile.runtime.progress import say
+from scpl_compile.runtime.progress import leads, say
 from scpl_compile.version import __version__
 
 __all__ = ["launch", "versions"]
@@ -33,14 +34,20 @@ def launch(main: Callable[[], None]) -> None:
             cause = error.__cause__
             if isinstance(error, TrainingError) and not isinstance(cause, (OSError, NoneType)):
                 traceback.print_exception(cause)
-            say(f"error: {error}")
+            _tell(f"{error}")
             raise SystemExit(1) from None
         except ModuleNotFoundError as error:
-            say(f"error: {missing_module(error)}")
+            _tell(missing_module(error))
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
             raise SystemExit(130) from None
+
+
+def _tell(error: str) -> None:
+    """On every rank: what reaches this place may be wrong on one host alone, before they meet."""
+    place = "" if leads() else f"rank {os.environ['RANK']}: "
+    print(f"error: {place}{error}", file=sys.stderr, flush=True)
 
 
 def versions() -> dict[str, str]:

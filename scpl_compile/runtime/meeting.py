@@ -111,7 +111,10 @@ class Meeting:
         end = time.monotonic() + TIMEOUT_S
         while (value := self.find(key)) is None:
             if time.monotonic() > end:
-                raise TrainingError(f"rank {self.rank} has waited {TIMEOUT_S:.0f} s for {key!r}")
+                raise TrainingError(
+                    f"rank {self.rank} has waited {TIMEOUT_S:.0f} s for what another rank tells "
+                    f"({key!r}); see that every rank was started, and what it says"
+                )
             time.sleep(_POLL_S / 10)
         return value
 

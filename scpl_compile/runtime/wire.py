@@ -148,13 +148,14 @@ class _Slots:
         self._device = device
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
         self._works: list[list[dist.Work]] = [[] for _ in range(_SLOTS)]
+        self._held: list[list[Tensor]] = [[] for _ in range(_SLOTS)]
         self._next = 0
 
     def wait(self) -> None:
         """Wait until what the next slot was last used for has ended."""
-        works = self._works[self._next]
-        while works:
-            works.pop(0).wait()
+        for work in self._works[self._next]:
+            work.wait()
+        self._works[self._next], self._held[self._next] = [], []
 
     def take(self, nbytes: int) -> tuple[int, Tensor]:
         """(slot, its first `nbytes` bytes), after what it was last used for has ended."""
@@ -169,9 +170,9 @@ class _Slots:
         place = value.untyped_storage().data_ptr()
         return any(place == buffer.untyped_storage().data_ptr() for buffer in self._buffers)
 
-    def uses(self, slot: int, works: list[dist.Work]) -> None:
-        """The slot is busy until `works` have ended; they keep the tensors that they send."""
-        self._works[slot] = works
+    def uses(self, slot: int, works: list[dist.Work], held: list[Tensor]) -> None:
+        """The slot is busy until `works` have ended; `held`, which they send, lives until then."""
+        self._works[slot], self._held[slot] = works, held
 
 
 class Outbox:
@@ -219,7 +220,7 @@ class Outbox:
         parts = [buffer] if layout.small else []
         parts += [self._lasting(values[entry.name]) for entry in layout.large]
         works = [dist.isend(part, self._to, tag=_PAYLOAD) for part in parts]
-        self._slots.uses(slot, [work for work in works if work is not None])
+        self._slots.uses(slot, [work for work in works if work is not None], parts)
 
     def _lasting(self, value: Tensor) -> Tensor:
         """`value` in memory that stays as it is until it is sent: an inbox's is used again."""

@@ -1,6 +1,7 @@
 """What goes wrong on ranks: rank 0 says it once, with its remedy; every rank ends."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -53,6 +54,14 @@ def test_ranks_with_different_programs(program: Path, net_file: Path, tmp_path: 
         check_told(ended, "rank 1 has program ", ", rank 0 has ", "copy the same directory")
         assert quiet(ended)
     assert not (program / "run").exists() and not (other / "run").exists()
+
+
+def test_a_program_that_is_damaged_on_one_host(program: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(program, tmp_path / "other"))
+    (other / "plan.json").write_text("{}")
+    ended = train_ranks([program, other], *QUICK)
+    check_told(ended, "other/plan.json is damaged", "compile again with --force")
+    assert quiet(ended) and not (program / "run").exists()
 
 
 @pytest.mark.parametrize(

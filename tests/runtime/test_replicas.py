@@ -21,6 +21,7 @@ from scpl_compile.runtime.data import Batch
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.ranks import join
 from scpl_compile.runtime.replicas import contrast_globally
+from scpl_compile.runtime.sharding import whole_tensor
 from scpl_compile.runtime.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(120)
@@ -94,7 +95,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     """All parameters of the stages of this process, heads too."""
     trainer.drain()
     return {
-        f"{stage.index} {name}": value.detach().clone()
+        f"{stage.index} {name}": whole_tensor(value.detach()).clone()
         for stage in trainer._stages
         for name, value in stage.module.named_parameters()
     }
@@ -113,6 +114,9 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("scpl", 1, {"contrast": "global", "accumulate": 2, "clip_norm": 0.01}),
     ("bp", 1, {}),
     ("early_exit", 1, {"contrast": "global"}),
+    ("scpl", 1, {"contrast": "global", "replicate": "fsdp"}),
+    ("scpl", 2, {"replicate": "fsdp", "accumulate": 2, "clip_norm": 0.01, "contrast": "global"}),
+    ("bp", 1, {"replicate": "fsdp"}),
 ]
 """Program, views, options."""
 
@@ -176,6 +180,7 @@ def expected_step(programs: dict[str, Path], name: str, views: int, options: dic
     directory = programs[name]
     options = dict(options)
     options.pop("accumulate", None)
+    options.pop("replicate", None)
     is_whole = options.pop("contrast", "global") == "global"
     with float64():  # which tells what example_inputs draw, too
         whole = batch(directory, views)
