@@ -204,7 +204,7 @@ def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None
     """
     for name in map(_file_name, range(num_stages)):
         if not (directory / name).is_file():
-            raise OSError(
+            raise FileNotFoundError(
                 f"{directory / name} is not on this host; give ranks of several hosts a --run-dir "
                 "on a file system that all of them see"
             )
