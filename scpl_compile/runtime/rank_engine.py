@@ -25,6 +25,7 @@ from torch import Tensor
 from scpl_compile.actions import Action, gates, step_kinds
 from scpl_compile.errors import TrainingError
 from scpl_compile.runtime.engine import Event, StageState
+from scpl_compile.runtime.meeting import reason
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.wire import Inbox, Key, Outbox
@@ -221,10 +222,9 @@ class RankEngine:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> TrainingError:
-        reason = str(error).strip().splitlines()[0]
         return TrainingError(
-            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: {reason}; "
-            "see the first error of the other ranks, and that the link is up"
+            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: "
+            f"{reason(error)}; see the first error of the other ranks, and that the link is up"
         )
 
 

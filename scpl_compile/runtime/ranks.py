@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scpl_compile.errors import MethodError, ScplError, TrainingError
-from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet
+from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet, reason
 
 __all__ = ["Ranks", "join", "wants_ranks"]
 
@@ -208,8 +208,7 @@ def _init_group(meeting: Meeting, backend: str, device: torch.device) -> None:
             timeout=timedelta(seconds=TIMEOUT_S),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"rank {meeting.rank} cannot connect to the others ({reason}); see that the hosts "
-            "reach each other (GLOO_SOCKET_IFNAME names the network interface)"
+            f"rank {meeting.rank} cannot connect to the others ({reason(error)}); see "
+            "that the hosts reach each other (GLOO_SOCKET_IFNAME names the network interface)"
         ) from error
