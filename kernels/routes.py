@@ -80,7 +80,8 @@ class Route:
     dtype, kept_dtype: of x and of the kept E. upcast: Triton's interpreter cannot multiply
     bfloat16. descriptors: tiles are loaded by tensor descriptors. resident: the row block of x
     stays on chip, and the backward goes by rows. stored: the forward keeps E. chunk_rows: of E at
-    a time, where it is made again. groups, group_size: of the columns in the forward.
+    a time, where it is made again. groups, group_size: of the columns in the forward. distances:
+    of the blocks whose tiles serve rows and columns, 0 where the forward goes by rows.
     """
 
     batch_pad: int
@@ -97,6 +98,7 @@ class Route:
     chunk_rows: int
     groups: int
     group_size: int
+    distances: int
     forward: Tiles
     backward: Tiles
 
@@ -104,6 +106,11 @@ class Route:
         """Of `forward_kernel`: constants and launch options."""
         block_k = self.dim_pad if self.resident else min(self.dim_pad, self.forward.block_k)
         return self._options(self.forward) | {"BLOCK_K": block_k, "LABELS": self.labels}
+
+    def triangle_options(self) -> dict[str, Any]:
+        """Of `triangle_kernel`."""
+        options = self._options(self.forward)
+        return {name: value for name, value in options.items() if name != "ONLINE"}
 
     def backward_options(self) -> dict[str, Any]:
         """Of `backward_kernel` where resident, else of `product_kernel`."""
@@ -135,10 +142,13 @@ def route(
     kind = "online" if online else "labels" if labels else "plain"
     dim_pad = max(16, _power_of_two(dim)) if dim <= 128 else _up(dim, 128)
     forward, backward = _tiles(architecture, wide, resident, kind, dim_pad)
-    batch_pad = _up(batch, PAD)
     kept_dtype = torch.bfloat16 if operand == torch.bfloat16 and not online else torch.float32
-    row_bytes = batch_pad * kept_dtype.itemsize
+    distances = 0
+    if resident and kind == "plain":
+        forward, distances = _folded(batch, dim, forward, wide)
     groups, group_size = _groups(batch, forward.block_m)
+    batch_pad = _up(batch, max(PAD, forward.block_m))
+    row_bytes = batch_pad * kept_dtype.itemsize
     return Route(
         batch_pad=batch_pad,
         dim_pad=dim_pad,
@@ -154,6 +164,7 @@ def route(
         chunk_rows=max(PAD, CHUNK_BYTES // row_bytes // PAD * PAD),
         groups=groups,
         group_size=group_size,
+        distances=distances,
         forward=forward,
         backward=backward,
     )
@@ -192,6 +203,18 @@ def _family(architecture: str) -> str:
         return "gfx942"
     number = int(architecture.removeprefix("sm_"))
     return "sm_80" if number < 90 or number >= 120 else "sm_90" if number < 100 else "sm_100"
+
+
+def _folded(batch: int, dim: int, tiles: Tiles, wide: bool) -> tuple[Tiles, int]:
+    """Tiles of a forward over the triangle, and its distances; 0 where its workspace would be more
+    than the gradient of x: B floats for each group and distance. Tall tiles have fewer distances.
+    """
+    tall = replace(tiles, block_m=2 * tiles.block_m, block_n=tiles.block_n // 2)
+    for one in (tiles,) if wide else (tiles, tall):
+        distances = max(batch // one.block_m - 1, 0) // 2
+        if distances + _groups(batch, one.block_m)[0] <= dim:
+            return one, distances
+    return tiles, 0
 
 
 def _groups(batch: int, block_m: int) -> tuple[int, int]:
