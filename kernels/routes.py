@@ -1,7 +1,7 @@
 """Which path and which tiles: a plain table by batch, features, dtype and architecture.
 
-No autotuning: a table gives the same bits on every run and starts at once. Torch only, so the
-offline compiler and the tests read it without a GPU.
+A table gives the same bits on every run and starts at once; `autotune` replaces its tiles, where
+asked to. Torch only, so the offline compiler and the tests read it without a GPU.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Route", "Tiles", "route"]
+__all__ = ["Route", "Tiles", "route", "with_forward"]
 
 PAD = 128  # rows of x, a multiple of every block of rows or columns
 MAX_BOUNDED_LOGIT = 40.0  # in nats: E, R and 1/R stay normal in float32
@@ -205,16 +205,31 @@ def _family(architecture: str) -> str:
     return "sm_80" if number < 90 or number >= 120 else "sm_90" if number < 100 else "sm_100"
 
 
+def with_forward(way: Route, batch: int, dim: int, tiles: Tiles) -> Route | None:
+    """The same path with other tiles in its forward; None where its workspace would not fit."""
+    groups, group_size = _groups(batch, tiles.block_m)
+    distances = _distances(batch, dim, tiles) if way.distances else 0
+    if bool(distances) != bool(way.distances):
+        return None
+    return replace(
+        way, forward=tiles, groups=groups, group_size=group_size, distances=distances
+    )  # fmt: skip
+
+
 def _folded(batch: int, dim: int, tiles: Tiles, wide: bool) -> tuple[Tiles, int]:
-    """Tiles of a forward over the triangle, and its distances; 0 where its workspace would be more
-    than the gradient of x: B floats for each group and distance. Tall tiles have fewer distances.
-    """
+    """Tiles of a forward over the triangle, and its distances; tall ones where they must be few."""
     tall = replace(tiles, block_m=2 * tiles.block_m, block_n=tiles.block_n // 2)
     for one in (tiles,) if wide else (tiles, tall):
-        distances = max(batch // one.block_m - 1, 0) // 2
-        if distances + _groups(batch, one.block_m)[0] <= dim:
+        if distances := _distances(batch, dim, one):
             return one, distances
     return tiles, 0
+
+
+def _distances(batch: int, dim: int, tiles: Tiles) -> int:
+    """Half of the full blocks, without the block itself; 0 where the workspace would be more than
+    the gradient of x: B floats for each distance and each group."""
+    distances = max(batch // tiles.block_m - 1, 0) // 2
+    return distances if distances + _groups(batch, tiles.block_m)[0] <= dim else 0
 
 
 def _groups(batch: int, block_m: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scpl_compile.kernels import triton_kernels, triton_rows, triton_triangle
+from scpl_compile.kernels.autotune import Tuner
 from scpl_compile.kernels.operators import differentiable
 from scpl_compile.kernels.positives import positives_of
 from scpl_compile.kernels.routes import Route, route
@@ -30,6 +31,7 @@ from scpl_compile.kernels.routes import Route, route
 __all__ = ["supcon_triton"]
 
 BITS = math.log2(math.e)
+TUNE = Tuner()
 
 
 def forward(
@@ -49,7 +51,9 @@ def forward(
     labels = labels.long().contiguous()
     with torch.cuda.device_of(features):
         _prologue(features, x, temperature, normalize)
-        rows, dots, counts = _sums(way, x, labels, kept if kept.numel() else None)
+        stored = kept if kept.numel() else None
+        way = TUNE(way, "forward", features, lambda one: _sums(one, x, labels, stored))
+        rows, dots, counts = _sums(way, x, labels, stored)
         triton_rows.finalise_kernel[(1,)](
             rows, dots, counts, loss, a, c, factor, batch, len(rows), len(dots),
             KHOSLA=divisor == "khosla", MEAN=reduction == "mean", ONLINE=way.online,
@@ -109,10 +113,14 @@ def backward(
         weight = torch.ones_like(c)
     grad = x.new_empty(x.shape, dtype=torch.float32)
     with torch.cuda.device_of(features):
-        if way.resident:
-            _backward_rows(way, x, labels, a, c, weight, grad, reduction)
-        else:
-            _backward_stored(way, x, labels, a, c, weight, grad, kept)
+
+        def run(one: Route) -> None:
+            if one.resident:
+                _backward_rows(one, x, labels, a, c, weight, grad, reduction)
+            else:
+                _backward_stored(one, x, labels, a, c, weight, grad, kept)
+
+        run(TUNE(way, "backward", features, run))
         return _project(grad, features, factor, scale, temperature, normalize)
 
 
