@@ -199,7 +199,7 @@ def measure(variant: Variant, architecture: str) -> Facts:
     compiled = triton.compile(source, target=target, options=options)
     read = _read_amd if is_amd else _read_nvidia
     registers, spills, loops = read(compiled.asm)
-    inner = max(loops, key=lambda loop: (_matrix(loop) > 0, -len(loop)), default=[])
+    inner = next(filter(_matrix, loops), [])  # of plain tiles: those with masks come after
     lanes = variant.num_warps * target.warp_size
     per_element = round(len(inner) * lanes / variant.elements, 2) if variant.elements else None
     return Facts(
@@ -264,7 +264,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _loops(code: str, line: re.Pattern[str], label: str, branch: str) -> list[list[str]]:
-    """The operations from each label to the last branch back to it."""
+    """The operations from each label to the last branch back to it; inner loops before outer."""
     operations: list[str] = []
     places: dict[str, int] = {}
     loops: dict[int, int] = {}

@@ -42,8 +42,8 @@ TALL = [(640, 8), (700, 8)]
 
 
 def cases() -> list[Case]:
-    """Those of the grid that take this path, and as many again of the shapes above."""
-    found = [case for case in CASES if case.batch == 300 and case.temperature > 0.01]
+    """Half of those of the grid that take this path, and the shapes above in every dtype."""
+    found = [case for case in CASES if case.batch == 300 and case.temperature > 0.01][::2]
     draw = random.Random(1)
     for dtype, rows in zip(
         (torch.float32, torch.bfloat16, torch.float16), ("plain", "duplicated", "zero"), strict=True
