@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
@@ -93,6 +93,15 @@ class Stats:
             peak_mib=peak[0],
             peak_kind=peak[1],
             note=note,
+        )
+
+    def per_step(self, num_steps: int) -> Self:
+        """The times of one of the `num_steps` steps that a call makes."""
+        return replace(
+            self,
+            median_ms=self.median_ms / num_steps,
+            p20_ms=self.p20_ms / num_steps,
+            p80_ms=self.p80_ms / num_steps,
         )
 
 

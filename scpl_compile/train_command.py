@@ -11,7 +11,7 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.program import read_plan
-from scpl_compile.runtime.schedules import is_parallel, stage_columns
+from scpl_compile.runtime.schedules import is_parallel, num_ranks
 
 __all__ = ["train_command"]
 
@@ -30,14 +30,14 @@ def train_command(directory: Path, arguments: Sequence[str]) -> list[str]:
     if not script.is_file():
         raise ProgramError(f"{script} is missing; write it with: scpl compile MODEL -o {directory}")
     is_ours = (directory / "plan.json").is_file()
-    num_ranks = _num_ranks(read_plan(directory), arguments) if is_ours else 1
-    if num_ranks == 1:
+    count = _count(read_plan(directory), arguments) if is_ours else 1
+    if count == 1:
         return [sys.executable, str(script), *arguments]
-    launcher = [sys.executable, "-m", "scpl_compile.runtime.launcher", str(num_ranks)]
+    launcher = [sys.executable, "-m", "scpl_compile.runtime.launcher", str(count)]
     return [*launcher, str(script), *arguments]
 
 
-def _num_ranks(plan: Plan, arguments: Sequence[str]) -> int:
+def _count(plan: Plan, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--schedule", default=plan.schedule)
@@ -48,8 +48,7 @@ def _num_ranks(plan: Plan, arguments: Sequence[str]) -> int:
         return 1
     if options.engine != "ranks" and not is_parallel(options.schedule):
         return 1
-    columns = stage_columns(options.schedule, plan.num_stages)
-    num_ranks = max(1 + max(columns), 2 if options.schedule == "ddp" else 1)
+    count = num_ranks(options.schedule, plan.num_stages)
     names = split_devices(options.devices, plan.num_stages)
     gpus = {name for name in names if torch.device(name).type == "cuda"}
-    return num_ranks if not gpus or len(gpus) >= num_ranks else 1
+    return count if not gpus or len(gpus) >= count else 1

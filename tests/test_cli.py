@@ -156,6 +156,8 @@ def test_fashion_mnist_over_epochs(scpl: Scpl, train: Train, program: Path, tmp_
     ran = train(program, "--data", data, "--epochs", 2, "--batch-size", 20, "--json")
     assert ran.code == 0 and ran.json["steps"] == 6
     found = last_line(scpl("evaluate", program, "--data", data, "--json"))
+    one = last_line(scpl("evaluate", program, "--data", data, "--batch-size", 1, "--json"))
+    assert one["accuracy"] == found["accuracy"]
     assert found["accuracy"] == ran.json["accuracy"] and found["num_samples"] == 20
 
 

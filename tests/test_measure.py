@@ -49,6 +49,7 @@ def test_stats_are_the_20th_50th_and_80th_percentile() -> None:
 
 def test_stats_of_one_call_have_no_spread() -> None:
     stats = Stats.of([3.0], (0.0, "resident"))
+    assert stats.per_step(2) == Stats.of([1.5], (0.0, "resident"))
     assert stats.p20_ms == stats.median_ms == stats.p80_ms == 3.0
     with pytest.raises(FrozenInstanceError):
         stats.n = 2  # type: ignore[misc]

@@ -21,7 +21,10 @@ WORKER = Path(__file__).with_name("worker.py")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One model and batch. steps: of every timed call (filling the pipeline costs one of them)."""
+    """One model and batch. steps: of every timed call (filling the pipeline costs one of them).
+
+    options: of the heads and losses.
+    """
 
     model: str
     inputs: str
@@ -30,6 +33,7 @@ class Case:
     steps: int
     config: Mapping[str, Any] = field(default_factory=dict)
     split_at: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Path]:
             num_stages=2,
             split_at=case.split_at,
             method=method,
+            options=dict(case.options) if method == "scpl" else {},
             batch_size=case.batch_size,
             threads_per_stage=1,
             out=programs[method],
@@ -97,7 +102,7 @@ def run_case(
         if any(codes):
             raise RuntimeError(f"the ranks ended with {codes}; see above")
         found = json.loads(answer.read_text())
-    return {name: _per_step(Stats(**one), num_steps) for name, one in found.items()}
+    return {name: Stats(**one).per_step(num_steps) for name, one in found.items()}
 
 
 def _environment(rank: int, address: str, port: int) -> dict[str, str]:
@@ -112,15 +117,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _per_step(stats: Stats, num_steps: int) -> Stats:
-    return Stats(
-        median_ms=stats.median_ms / num_steps,
-        p20_ms=stats.p20_ms / num_steps,
-        p80_ms=stats.p80_ms / num_steps,
-        n=stats.n,
-        peak_mib=stats.peak_mib,
-        peak_kind=stats.peak_kind,
-        note=stats.note,
-    )

@@ -17,7 +17,8 @@ from benchmarks.measure import Stats, stats_rows, table, write_rows  # noqa: E40
 from benchmarks.ranks.launch import Case, compile_case, run_case  # noqa: E402
 
 ON_RANKS = ("stream", "bp", "gpipe", "1f1b", "ddp")
-BESIDE = ("one process: bp, 2 threads", "stage 0 alone", "stage 1 alone")
+BESIDE = ("one process: bp, 2 threads", "stage 0 alone", "stage 1 alone",
+          "both stages, nothing sent")  # fmt: skip
 ENGINES = ("stream", "threads: stream", "one process: sequential", "stage 0 alone",
            "stage 1 alone")  # fmt: skip
 
@@ -26,18 +27,18 @@ _TEXT = "ids:int64:64<1000,mask:int64:64<2"
 CASES: dict[str, Case] = {
     "balanced_cnn": Case(
         model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10, batch_size=64,
-        steps=20, split_at=("block2",),
+        steps=50, split_at=("block2",), options={"head": "mlp"},
     ),
     "resnet18": Case(
-        model="torchvision:resnet18", inputs="3x64x64", num_classes=10, batch_size=32, steps=12,
+        model="torchvision:resnet18", inputs="3x64x64", num_classes=10, batch_size=32, steps=30,
     ),
     "small_vit": Case(
         model="benchmarks.models:small_vit", inputs="3x32x32", num_classes=10, batch_size=32,
-        steps=12,
+        steps=30,
     ),
     "text_lstm": Case(
         model="benchmarks.models:text_lstm", inputs=_TEXT, num_classes=4, batch_size=64,
-        steps=20, config={"width": 128},
+        steps=50, config={"width": 128},
     ),
 }  # fmt: skip
 
@@ -98,6 +99,8 @@ def ratio_rows(
     slower = max(ms["stage 0 alone"], ms["stage 1 alone"])
     ratios = {"stream's share of the slower stage's rate": slower / ms["stream"]}
     if is_throughput:
+        together = ms["both stages, nothing sent"]
+        ratios["stream's share of the rate of both stages at once"] = together / ms["stream"]
         ratios["stream over naive bp"] = ms["bp"] / ms["stream"]
         ratios["stream over the better of gpipe and 1f1b"] = (
             min(ms["gpipe"], ms["1f1b"]) / ms["stream"]

@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import compare, pinned_threads  # noqa: E402
+from scpl_compile.runtime.allocator import keep_freed_memory  # noqa: E402
 from scpl_compile.runtime.program import load_stages, read_plan  # noqa: E402
 from scpl_compile.runtime.rank_trainer import RankTrainer  # noqa: E402
 from scpl_compile.runtime.ranks import join  # noqa: E402
@@ -80,6 +81,13 @@ class Bench:
 
     def alone(self, k: int) -> Run:
         """Stage k on recorded inputs, on rank k's core; the other rank waits."""
+        return _only(k, self._recorded(k))
+
+    def both(self) -> Run:
+        """Each rank its stage on recorded inputs at the same time; nothing is sent."""
+        return _only(RANK, self._recorded(RANK))
+
+    def _recorded(self, k: int) -> Run:
         stages = load_stages(self.programs["scpl"], self.plan)
         trainer = stages.build_trainer(schedule="sequential", threads_per_stage=1)
         trainer.close()
@@ -99,7 +107,7 @@ class Bench:
                     stage.update(step)
                 stage.take_losses()
 
-        return _only(k, run)
+        return run
 
     def threads(self, schedule: str) -> Run:
         """num_steps steps of the engine of one process, both cores."""
@@ -145,6 +153,7 @@ class Bench:
                for name in ("stream", "in_step", "bp", "gpipe", "1f1b", "zb", "ddp")},
             "stage 0 alone": lambda: self.alone(0),
             "stage 1 alone": lambda: self.alone(1),
+            "both stages, nothing sent": self.both,
             "threads: stream": lambda: self.threads("stream"),
             "one process: sequential": lambda: self.threads("sequential"),
             "one process: bp, 2 threads": self.whole,
@@ -184,9 +193,12 @@ def main() -> None:
     parser.add_argument("--candidates", required=True, help="names, separated by ;")
     parser.add_argument("--answer", type=Path, required=True)
     options = parser.parse_args()
+    keep_freed_memory()  # as every emitted program does
     torch.set_num_threads(1)
     names = options.candidates.split(";")
-    stage_names = [name for name in names if not name.startswith(("stage", "one", "threads"))]
+    stage_names = [
+        name for name in names if not name.startswith(("stage", "both", "one", "threads"))
+    ]
     bench = Bench(options.scpl, options.bp, options.batch_size, options.steps)
     # The process group first: what waits for the other rank needs it.
     candidates = bench.candidates(stage_names + [n for n in names if n not in stage_names])

@@ -83,7 +83,7 @@ def run_case(name: str, repeats: int) -> list[dict[str, object]]:
     )
     with candidates(program, inputs, labels, num_steps) as runs:
         stats = {
-            key: _per_step(one, num_steps)
+            key: one.per_step(num_steps)
             for key, one in compare(runs, repeats=repeats, warmup=1).items()
         }
     config = {"batch": batch_size, "input": list(shape), "steps_per_call": num_steps, "stages": 2}
@@ -108,7 +108,7 @@ def run_precision(repeats: int) -> list[dict[str, object]]:
             stack.callback(trainer.close)
             runs[name] = partial(_train, trainer, inputs, labels, num_steps)
         found = compare(runs, repeats=repeats, warmup=1)
-    stats = {name: _per_step(one, num_steps) for name, one in found.items()}
+    stats = {name: one.per_step(num_steps) for name, one in found.items()}
     config = {"batch": batch_size, "input": list(shape), "steps_per_call": num_steps, "stages": 2}
     common: dict[str, Any] = {
         "benchmark": "throughput", "case": "balanced_cnn, precision of stream", "threads": 1,
@@ -129,18 +129,6 @@ def _train(trainer: Trainer, inputs: Tensor, labels: Tensor, num_steps: int) -> 
         trainer.step(inputs, labels)
     trainer.drain()
     trainer.losses()
-
-
-def _per_step(stats: Stats, num_steps: int) -> Stats:
-    return Stats(
-        median_ms=stats.median_ms / num_steps,
-        p20_ms=stats.p20_ms / num_steps,
-        p80_ms=stats.p80_ms / num_steps,
-        n=stats.n,
-        peak_mib=stats.peak_mib,
-        peak_kind=stats.peak_kind,
-        note=stats.note,
-    )
 
 
 def _ratios(stats: dict[str, Stats], common: dict[str, Any]) -> list[dict[str, object]]:

@@ -25,7 +25,7 @@ from scpl_compile.emit.stages import stages_source, stamp
 from scpl_compile.errors import EmitError, ScplError
 from scpl_compile.ir import Plan, from_json, to_json
 from scpl_compile.runtime.program import save_weights
-from scpl_compile.runtime.schedules import allowed_schedules
+from scpl_compile.runtime.schedules import allowed_schedules, num_ranks
 
 __all__ = ["GENERATED", "check_target", "program_directory", "train_source", "write_program"]
 
@@ -44,6 +44,7 @@ def train_source(plan: Plan) -> str:
         model=plain(plan.model, 50),
         method=plan.method,
         num_stages=plan.num_stages,
+        num_ranks=num_ranks(plan.schedule, plan.num_stages),
         picture=_picture(plan),
         schedule=plan.schedule,
         schedules=_others(plan),

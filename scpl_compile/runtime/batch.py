@@ -19,6 +19,7 @@ __all__ = [
     "check_labels",
     "check_outside",
     "check_trainable",
+    "labelled",
     "named_inputs",
     "num_samples",
 ]
@@ -102,6 +103,23 @@ def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> tuple[in
             "compile with a larger --num-classes, or mend the labels"
         )
     return low, high
+
+
+def labelled(
+    specs: Sequence[InputSpec], num_classes: int, batch: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs by name and labels of a batch to evaluate on: with .inputs and .labels, or a pair.
+
+    Raises:
+        DataError: as `named_inputs` and `check_labels`; there is not one label for each sample.
+    """
+    inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
+    values = named_inputs(specs, inputs)
+    count = num_samples(values)
+    check_labels(labels, count, num_classes)
+    if len(labels) != count:
+        raise DataError(f"{count} samples have {len(labels)} labels")
+    return values, labels
 
 
 def check_trainable(values: Mapping[str, Tensor]) -> None:

@@ -198,7 +198,16 @@ def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None
     """Write the manifest: from now on the checkpoint exists. Removes those that are too old.
 
     facts: what a resuming run compares: step, plan (digest), and so on.
+
+    Raises:
+        OSError: it cannot be written, or a stage's file is not here.
     """
+    for name in map(_file_name, range(num_stages)):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"{directory / name} is not on this host; give ranks of several hosts a --run-dir "
+                "on a file system that all of them see"
+            )
     files = {name: _sha256(directory / name) for name in map(_file_name, range(num_stages))}
     manifest = {**facts, "files": files}
     temporary = directory / ".manifest.part"

@@ -1,5 +1,6 @@
 """The edge of an emitted program: errors become sentences, and what it ran on is told."""
 
+import os
 import sys
 import traceback
 import warnings
@@ -9,8 +10,9 @@ from types import NoneType
 import torch
 
 from scpl_compile.errors import ScplError, TrainingError
+from scpl_compile.runtime.allocator import keep_freed_memory
 from scpl_compile.runtime.program import missing_module
-from scpl_compile.runtime.progress import say
+from scpl_compile.runtime.progress import leads, say
 from scpl_compile.version import __version__
 
 __all__ = ["launch", "versions"]
@@ -20,8 +22,10 @@ def launch(main: Callable[[], None]) -> None:
     """Run `main`; an error of ours becomes one sentence on stderr and exit code 1.
 
     Where a stage's worker failed, its own traceback comes first. A warning is one line. So is a
-    module that is not there, as the one that the model came from.
+    module that is not there, as the one that the model came from. Memory that a step frees stays
+    with the process.
     """
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place: say(f"warning: {message}")
         try:
@@ -30,14 +34,20 @@ def launch(main: Callable[[], None]) -> None:
             cause = error.__cause__
             if isinstance(error, TrainingError) and not isinstance(cause, (OSError, NoneType)):
                 traceback.print_exception(cause)
-            say(f"error: {error}")
+            _tell(f"{error}")
             raise SystemExit(1) from None
         except ModuleNotFoundError as error:
-            say(f"error: {missing_module(error)}")
+            _tell(missing_module(error))
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
             raise SystemExit(130) from None
+
+
+def _tell(error: str) -> None:
+    """On every rank: what reaches this place may be wrong on one host alone, before they meet."""
+    place = "" if leads() else f"rank {os.environ['RANK']}: "
+    print(f"error: {place}{error}", file=sys.stderr, flush=True)
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ that cannot form one (other programs, other options, no backend) still tell why.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from scpl_compile.errors import MethodError, ScplError, TrainingError
 from scpl_compile.runtime.memory import remedy
 
-__all__ = ["TIMEOUT_S", "Meeting", "Watch", "meet"]
+__all__ = ["TIMEOUT_S", "Meeting", "Watch", "meet", "reason"]
 
 TIMEOUT_S = 600.0
 """How long a rank waits for another one that says nothing."""
@@ -111,7 +112,10 @@ class Meeting:
         end = time.monotonic() + TIMEOUT_S
         while (value := self.find(key)) is None:
             if time.monotonic() > end:
-                raise TrainingError(f"rank {self.rank} has waited {TIMEOUT_S:.0f} s for {key!r}")
+                raise TrainingError(
+                    f"rank {self.rank} has waited {TIMEOUT_S:.0f} s for what another rank tells "
+                    f"({key!r}); see that every rank was started, and what it says"
+                )
             time.sleep(_POLL_S / 10)
         return value
 
@@ -143,10 +147,13 @@ class Meeting:
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told."""
         text = f"{error}" if isinstance(error, ScplError) else f"{type(error).__name__}: {error}"
-        if self.store.add("failures", 1) == 1:
-            self.store.set(_FAILURE, f"{self.place}{text}{remedy(error)}")
-        self.watch.stop()
-        _end(self.store, self.rank, self.world_size)
+        try:
+            if self.store.add("failures", 1) == 1:
+                self.store.set(_FAILURE, f"{self.place}{text}{remedy(error)}")
+            self.watch.stop()
+            _end(self.store, self.rank, self.world_size)
+        except (dist.DistError, RuntimeError):  # the store is gone, and rank 0 with it
+            self.watch.stop()
 
     def leave(self) -> None:
         """Close the connections that were made here, once all ranks are here.
@@ -185,6 +192,12 @@ def _wait(store: Store, keys: list[str], seconds: float) -> None:
         time.sleep(_POLL_S / 10)
 
 
+def reason(error: BaseException) -> str:
+    """What torch.distributed says, without the place in its source and its advice."""
+    first = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", first).split(". ")[0]
+
+
 def meet() -> Meeting:
     """Find the other ranks, by a process group that exists or by the launcher's environment.
 
@@ -215,12 +228,13 @@ def _rendezvous() -> tuple[Store, int, int]:
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         hint = (
             "the port is in use: give another one, torchrun --master-port PORT"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error)
             else "see that every rank was started, and that they reach this address"
         )
-        raise TrainingError(f"the ranks do not meet at {address} ({reason}); {hint}") from None
+        raise TrainingError(
+            f"the ranks do not meet at {address} ({reason(error)}); {hint}"
+        ) from None
     store.set_timeout(timeout)
     return store, rank, world_size

@@ -30,10 +30,11 @@ def open_loader(
     splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
     num_samples = len(splits.train)
     replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)
-    if batch_size < 2 * num_replicas:
+    if num_replicas > 1 and min(batch_size, num_samples) < 2 * num_replicas:
         raise DataError(
-            f"a batch of {batch_size} for {num_replicas} replicas leaves one of them less than 2 "
-            f"samples; give --batch-size {2 * num_replicas} or more"
+            f"a batch of {min(batch_size, num_samples)} for {num_replicas} replicas leaves one of "
+            f"them less than 2 samples; give --batch-size {2 * num_replicas} or more, or start "
+            "fewer ranks"
         )
     loader = Loader(
         splits,

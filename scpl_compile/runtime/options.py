@@ -17,16 +17,24 @@ Options = argparse.Namespace
 """The constants by name (batch_size, lr, …)."""
 
 _LEAST = {"accumulate": 1, "batch_size": 2, "clip_norm": 0, "epochs": 1, "log_every": 1,
-          "save_every": 0, "steps": 0, "threads_per_stage": 1, "warmup": 0,
+          "microbatches": 1, "save_every": 0, "steps": 0, "threads_per_stage": 1, "warmup": 0,
           "weight_decay": 0}  # fmt: skip
 """A batch of one sample has no positive pair, and BatchNorm no variance."""
 
 _CHECKS: Mapping[str, Callable[[str], object]] = {
     "amp": lambda text: StepOptions(amp=text),
+    "wire_dtype": lambda text: StepOptions(wire_dtype=text),
     "lr_schedule": parse_lr_schedule,
     "optimizer_options": read_options,
 }
 """What refuses the text of an option."""
+
+_CHOICES = {
+    "contrast": ("local", "global"),
+    "engine": ("auto", "threads", "ranks"),
+    "replicate": ("ddp", "fsdp"),
+}
+"""Options of which one engine alone reads the text; the other would pass over a slip in it."""
 
 
 def parse_options(
@@ -64,6 +72,9 @@ def parse_options(
     for name, least in _LEAST.items():
         if not (given := getattr(options, name, least)) >= least:
             parser.error(f"--{name.replace('_', '-')} is {given}; give at least {least}")
+    for name, known in _CHOICES.items():
+        if (chosen := getattr(options, name, known[0])) not in known:
+            parser.error(f"--{name} {chosen!r} is not one of {', '.join(known)}")
     for name, check in _CHECKS.items():
         if name in options:
             try:

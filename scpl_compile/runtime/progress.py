@@ -5,12 +5,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-__all__ = ["Progress", "say"]
+__all__ = ["Progress", "leads", "say"]
+
+
+def leads() -> bool:
+    """Whether this process is the one that speaks and writes: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
     """One line on stderr; of several ranks, which all would say it, the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         print(text, file=sys.stderr, flush=True)
 
 

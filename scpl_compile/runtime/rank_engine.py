@@ -25,6 +25,7 @@ from torch import Tensor
 from scpl_compile.actions import Action, gates, step_kinds
 from scpl_compile.errors import TrainingError
 from scpl_compile.runtime.engine import Event, StageState
+from scpl_compile.runtime.meeting import reason
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.wire import Inbox, Key, Outbox
@@ -68,13 +69,16 @@ class RankEngine:
         self._records = record_events
         self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
         self._tokens: list[dist.Work | None] = []
+        self._passed: set[Action] = set()
         before, after = crossings
         device, k = stage.lane.device, stage.index
         is_first, is_last = k == 0, k == len(ranks.columns) - 1
         gradients = schedule == "bp"
         with self.telling_failures():
             self._inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
-            self._outbox = None if is_last else Outbox(ranks.rank_of(k + 1), after, device)
+            self._outbox = (
+                None if is_last else Outbox(ranks.rank_of(k + 1), after, device, self._inbox)
+            )
             self._gradients_in = (
                 Inbox(ranks.rank_of(k + 1), after, device) if gradients and not is_last else None
             )
@@ -111,6 +115,8 @@ class RankEngine:
         self.finish()
         self.stage.lane.synchronize()
         with self.telling_failures():
+            # Nothing stays under way: another engine among these ranks would take it for its own.
+            self._pass_gates(self.num_steps)
             self._ranks.barrier()
 
     def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
@@ -177,11 +183,16 @@ class RankEngine:
                 self._open_gates(step)
 
     def _pass_gates(self, step: int) -> None:
-        """Wait for the updates of other ranks that F(step) comes after."""
-        for gate in self._gates(self.stage.index, step):
-            if gate.stage != self.stage.index and gate.step >= self._first_step:
-                source, tag = self._ranks.rank_of(gate.stage), _TOKENS + gate.step
-                dist.recv(torch.empty(1, dtype=torch.int64), source, tag=tag)
+        """Wait for the updates of other ranks that F(step) comes after, if they are submitted."""
+        awaited = {
+            gate
+            for gate in self._gates(self.stage.index, step)
+            if gate.stage != self.stage.index and self._first_step <= gate.step < self.num_steps
+        }
+        for gate in sorted(awaited - self._passed):
+            source, tag = self._ranks.rank_of(gate.stage), _TOKENS + gate.step
+            dist.recv(torch.empty(1, dtype=torch.int64), source, tag=tag)
+        self._passed = awaited
 
     def _open_gates(self, step: int) -> None:
         """Tell every rank whose F waits for this update; the messages are one number."""
@@ -211,10 +222,9 @@ class RankEngine:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> TrainingError:
-        reason = str(error).strip().splitlines()[0]
         return TrainingError(
-            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: {reason}; "
-            "see the first error of the other ranks, and that the link is up"
+            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: "
+            f"{reason(error)}; see the first error of the other ranks, and that the link is up"
         )
 
 

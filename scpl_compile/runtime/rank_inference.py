@@ -51,7 +51,7 @@ class RankInference:
             if k > 0 and k - 1 not in own
         }
         self._outboxes = {
-            k: Outbox(ranks.rank_of(k + 1), names[k], ranks.device)
+            k: Outbox(ranks.rank_of(k + 1), names[k], ranks.device, self._inboxes.get(k))
             for k in own
             if k < last and k + 1 not in own
         }
@@ -102,7 +102,7 @@ class RankInference:
             shape = torch.tensor(logits.shape)
             dist.broadcast(shape, source, group=group)
             if i not in found:
-                logits = torch.empty(*shape.tolist())
+                logits = torch.empty(*shape.tolist(), dtype=torch.float32)
             dist.broadcast(logits, source, group=group)
             exits.append(logits)
         return exits

@@ -14,7 +14,7 @@ from scpl_compile.actions import SCHEDULES, Action
 from scpl_compile.errors import DataError, MethodError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.activity import Usage
-from scpl_compile.runtime.batch import Inputs, check_labels, named_inputs, num_samples
+from scpl_compile.runtime.batch import Inputs, labelled, named_inputs, num_samples
 from scpl_compile.runtime.batch_engine import BatchEngine
 from scpl_compile.runtime.engine import Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
@@ -117,8 +117,8 @@ class RankTrainer(Trainer):
     def _training_step(self, module: nn.Module) -> Callable[..., Any]:
         if self._ranks.num_replicas == 1 or self.schedule not in SCHEDULES:
             return super()._training_step(module)
-        for sharded in self._sharded.values():  # its only one
-            return sharded
+        if self._sharded:  # of its only stage
+            return next(iter(self._sharded.values()))
         leaves_some = bool(self.plan.untrained)
         return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
 
@@ -201,6 +201,14 @@ class RankTrainer(Trainer):
                 for k, rows in posted["losses"]:
                     yield k, [(step, losses) for step, losses in rows]
 
+    def __exit__(self, *exception: object) -> None:
+        """Drains if all went well: another trainer among these ranks would receive what is under
+        way.
+        """
+        if exception[0] is None:
+            self.drain()
+        super().__exit__(*exception)
+
     # ------------------------------------------------------------------ inference
 
     def predict(self, inputs: Inputs) -> list[Tensor]:
@@ -224,12 +232,7 @@ class RankTrainer(Trainer):
         exits = self._inference.exit_stages
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
-            inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
-            values = named_inputs(self.plan.inputs, inputs)
-            count = num_samples(values)
-            check_labels(labels, count, self.plan.num_classes)
-            if len(labels) != count:
-                raise DataError(f"{count} samples have {len(labels)} labels")
+            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
             # A sharded stage is gathered for every forward, so all replicas take every batch.
             if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
                 found, labels = self._inference.run(values, labels)
@@ -333,6 +336,7 @@ class RankTrainer(Trainer):
         with new ones.
         """
         super().load(directory)
+        self.take_losses()  # what the others told is of another past
         if self._ranks.replica:
             for stage in self._stages:
                 seed = spread_seed(self._stage_seed(stage.index), self.num_steps)

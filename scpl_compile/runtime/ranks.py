@@ -23,9 +23,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scpl_compile.errors import MethodError, ScplError, TrainingError
-from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet
+from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet, reason
 
-__all__ = ["Ranks", "join", "leads", "wants_ranks"]
+__all__ = ["Ranks", "join", "wants_ranks"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -51,11 +51,6 @@ def wants_ranks(engine: str) -> bool:
             "started; leave out torchrun, or --engine threads"
         )
     return is_launched and engine != "threads"
-
-
-def leads() -> bool:
-    """Whether this process is the one that speaks and writes: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,15 +119,15 @@ class Ranks(Meeting):
 def join(
     columns: tuple[int, ...] | Callable[[], tuple[int, ...]],
     devices: Sequence[str],
-    digest: str,
+    digest: str | Callable[[], str],
     options: Mapping[str, Any] | None = None,
 ) -> Ranks:
     """Connect this process with the other ranks.
 
-    columns: for every stage its place in a row of ranks, or what gives it (called when the ranks
-    agree, so that all of them hear of an error). devices: of the stages, as Trainer takes them;
-    "auto" alone stands for the GPU with the local rank, or the CPU. digest: of the program, and
-    options: what else must be the same on all.
+    columns: for every stage its place in a row of ranks. devices: of the stages, as Trainer takes
+    them; "auto" alone stands for the GPU with the local rank, or the CPU. digest: of the program,
+    and options: what else must be the same on all. Columns and digest may be what gives them: it is
+    called when the ranks have met, so that all of them hear of an error on one.
 
     Raises:
         TrainingError: the ranks do not find each other.
@@ -141,7 +136,8 @@ def join(
     """
     meeting = meet()
     try:
-        meeting.agree({"program": digest[:12]}, "copy the same directory to every host")
+        program = digest if isinstance(digest, str) else digest()
+        meeting.agree({"program": program[:12]}, "copy the same directory to every host")
         meeting.agree(options or {}, "start every rank with the same options")
         return _place(meeting, columns if isinstance(columns, tuple) else columns(), devices)
     except ScplError as error:
@@ -157,6 +153,10 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
             f"of them, or a multiple for replicas: torchrun --nproc-per-node {width} train.py"
         )
     device = _device_of(devices, columns.index(meeting.rank % width), len(columns))
+    meeting.agree(
+        {"devices of kind": device.type},
+        "start no more ranks on a host than it has GPUs, or give --devices cpu",
+    )
     if meeting.owns_group:
         _init_group(meeting, _backend(device), device)
     mesh = init_device_mesh(
@@ -208,8 +208,7 @@ def _init_group(meeting: Meeting, backend: str, device: torch.device) -> None:
             timeout=timedelta(seconds=TIMEOUT_S),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"rank {meeting.rank} cannot connect to the others ({reason}); see that the hosts "
-            "reach each other (GLOO_SOCKET_IFNAME names the network interface)"
+            f"rank {meeting.rank} cannot connect to the others ({reason(error)}); see "
+            "that the hosts reach each other (GLOO_SOCKET_IFNAME names the network interface)"
         ) from error

@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from scpl_compile.errors import MethodError
 from scpl_compile.runtime.losses import LocalLoss
 
-__all__ = ["averaged", "contrast_globally"]
+__all__ = ["TrainingStep", "averaged", "contrast_globally"]
 
 
-class _Step(nn.Module):
-    """DDP watches forward; of a stage that is its training step."""
+class TrainingStep(nn.Module):
+    """A stage, called, is its training step: what watches replicas watches forward."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def averaged(
         step: Callable[..., Any] = stage.training_step  # type: ignore[assignment]
         return step
     return DistributedDataParallel(
-        _Step(stage), process_group=group, find_unused_parameters=leaves_some
+        TrainingStep(stage), process_group=group, find_unused_parameters=leaves_some
     )
 
 

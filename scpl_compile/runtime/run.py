@@ -18,8 +18,8 @@ from scpl_compile.runtime.launch import versions
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
 from scpl_compile.runtime.program import read_plan
-from scpl_compile.runtime.progress import Progress, say
-from scpl_compile.runtime.ranks import Ranks, join, leads, wants_ranks
+from scpl_compile.runtime.progress import Progress, leads, say
+from scpl_compile.runtime.ranks import Ranks, join, wants_ranks
 from scpl_compile.runtime.run_directory import Follower, RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import Scalars, summary_writer
@@ -54,10 +54,11 @@ class Run:
     """
 
     def __init__(self, directory: Path, options: Options) -> None:
-        self.plan = read_plan(directory)
         self.options = options
         self.directory = directory / options.run_dir
-        self._ranks = self._join() if wants_ranks(options.engine) else None
+        is_rank = wants_ranks(options.engine)
+        self._ranks = self._join(directory) if is_rank else None
+        self.plan = read_plan(directory)
         self.trainer: Trainer | None = None
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -79,17 +80,18 @@ class Run:
             self._end(error)
             raise
 
-    def _join(self) -> Ranks:
+    def _join(self, directory: Path) -> Ranks:
         """Meet the other ranks, which must have been started alike."""
         given = self.options
         names = split_devices(given.devices, 10**6) if given.devices != "auto" else ()
 
         def columns() -> tuple[int, ...]:
-            schedule = check_schedule(self.plan, given.schedule, on_ranks=True)
-            return stage_columns(schedule, self.plan.num_stages)
+            plan = read_plan(directory)
+            schedule = check_schedule(plan, given.schedule, on_ranks=True)
+            return stage_columns(schedule, plan.num_stages)
 
         options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
-        return join(columns, names or ("auto",), self.plan.digest, options)
+        return join(columns, names or ("auto",), lambda: read_plan(directory).digest, options)
 
     def _open_files(self) -> RunDirectory | Follower:
         if self._ranks is not None and self._ranks.rank != 0:

@@ -4,7 +4,14 @@ from scpl_compile.actions import PIPELINES, placement
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import Plan
 
-__all__ = ["WHOLE", "allowed_schedules", "check_schedule", "is_parallel", "stage_columns"]
+__all__ = [
+    "WHOLE",
+    "allowed_schedules",
+    "check_schedule",
+    "is_parallel",
+    "num_ranks",
+    "stage_columns",
+]
 
 WHOLE = "ddp"
 """The unsplit model on every rank, each with its share of the batch."""
@@ -13,7 +20,7 @@ _ON_RANKS = (*PIPELINES, WHOLE)
 
 def allowed_schedules(plan: Plan) -> tuple[str, ...]:
     """The schedules that the plan's method allows; the first is the default in one process."""
-    if any(cut.detach for cut in plan.cuts) or plan.method != "bp":
+    if plan.method != "bp":
         return ("stream", "in_step", "sequential")
     return ("bp", *_ON_RANKS)
 
@@ -31,11 +38,10 @@ def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
             f"{', '.join(allowed)}; for it, {_compile_again(plan, schedule)}"
         )
     if schedule in _ON_RANKS and not on_ranks:
-        columns = 1 + max(stage_columns(schedule, plan.num_stages))
-        count = max(2, columns)
         raise MethodError(
             f"schedule {schedule!r} runs on ranks; start with: torchrun --standalone "
-            f"--nproc-per-node {count} train.py --schedule {schedule}"
+            f"--nproc-per-node {num_ranks(schedule, plan.num_stages)} train.py --schedule "
+            f"{schedule}"
         )
     return schedule
 
@@ -54,6 +60,11 @@ def stage_columns(schedule: str, num_stages: int) -> tuple[int, ...]:
     if schedule == WHOLE:
         return (0,) * num_stages
     return placement(schedule, num_stages) if schedule in PIPELINES else tuple(range(num_stages))
+
+
+def num_ranks(schedule: str, num_stages: int) -> int:
+    """The least ranks on which the schedule is what it is: one row, or two replicas for ddp."""
+    return 2 if schedule == WHOLE else 1 + max(stage_columns(schedule, num_stages))
 
 
 def _compile_again(plan: Plan, schedule: str) -> str:

@@ -19,23 +19,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from scpl_compile.runtime.replicas import TrainingStep
+
 __all__ = ["Sharded", "like", "whole_tensor"]
 
 
-class Sharded(nn.Module):
+class Sharded(TrainingStep):
     """A stage whose parameters are split over the replicas of `mesh`, in place.
 
-    Called, it is the stage's training step. A module around the stage, because FSDP gathers for the
-    forward of what it was given and lets go after it, and a stage's step is more than its forward.
+    A module around the stage, because FSDP gathers for the forward of what it was given and lets go
+    after it, and a stage's step is more than its forward.
     """
 
     def __init__(self, stage: nn.Module, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.stage = stage
+        super().__init__(stage)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
-
-    def forward(self, *inputs: Tensor, labels: Tensor) -> Any:
-        return self.stage.training_step(*inputs, labels=labels)  # type: ignore[operator]
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

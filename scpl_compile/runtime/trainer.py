@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_compile.actions import Action, step_kinds
-from scpl_compile.errors import DataError, ProgramError
+from scpl_compile.errors import ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.activity import Usage
@@ -18,6 +18,7 @@ from scpl_compile.runtime.batch import (
     check_labels,
     check_outside,
     check_trainable,
+    labelled,
     named_inputs,
     num_samples,
 )
@@ -309,11 +310,7 @@ class Trainer:
         """
         tally = Tally()
         for batch in batches:
-            inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
-            values = named_inputs(self.plan.inputs, inputs)
-            check_labels(labels, num_samples(values), self.plan.num_classes)
-            if len(labels) != num_samples(values):
-                raise DataError(f"{num_samples(values)} samples have {len(labels)} labels")
+            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
             tally.add(self._predict(values), labels)
         return tally.result()
 

@@ -1,15 +1,16 @@
-"""Tensors between two ranks: one message per step, in buffers that are made once.
+"""Tensors between two ranks, in buffers that are made once.
 
 ::
 
-    sender     values ─ copied into ─▶ slot ─ isend ─┐         (the stage goes on at once)
-    receiver   views of ◀─ slot ◀───────── irecv ────┘         (posted before the step at hand)
+    sender     large ─────────────────── isend ─┐              (the stage goes on at once)
+               small ─ copied ─▶ slot ── isend ─┤
+    receiver   views of ◀─ slot ◀─────── irecv ─┘              (posted before the step at hand)
 
-A message is all tensors of one step behind each other, labels among them, as bytes; two slots take
-turns on either side. What lies where, the Layout, follows from the shapes of the batch, which every
-rank knows: it is sent (a header of int64) the first time that a batch has these shapes, and never
-again. So a steady stream costs one message per cut and step, and the receiver never reads a size
-from a device.
+What crosses in one step is a message: large tensors go from where they lie, the others, labels
+among them, packed as bytes. Two slots take turns on either side. What lies where, the Layout,
+follows from the shapes of the batch, which every rank knows: it is sent (a header of int64) the
+first time that a batch has these shapes, and never again. So the receiver never reads a size from a
+device.
 
 Headers travel as CPU tensors (gloo), payloads on the device's own backend. Nothing is pickled.
 """
@@ -33,6 +34,7 @@ Key = tuple[object, ...]
 _HEADER, _PAYLOAD = 1, 2  # tags, where the backend knows any
 _SLOTS = 2
 _ALIGNMENT = 64  # bytes; more than any dtype needs, and what vectorised kernels like
+_LARGE = 2**18  # bytes from which a tensor is sent from where it lies
 _MAX_DIMS = 8
 _WORDS = 4 + _MAX_DIMS  # of one tensor in a header: there or not, dtype, gradient, ndim, sizes
 _DTYPES = tuple(
@@ -77,18 +79,32 @@ class Layout:
         )
 
     @property
+    def small(self) -> tuple[Entry, ...]:
+        """What is packed into one buffer."""
+        return tuple(entry for entry in self.entries if entry.nbytes < _LARGE)
+
+    @property
+    def large(self) -> tuple[Entry, ...]:
+        """What is sent from where it lies: a copy of megabytes costs more than a message."""
+        return tuple(entry for entry in self.entries if entry.nbytes >= _LARGE)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the small tensors; at least one, for empty ones arrive too."""
+        return max(1, sum(entry.nbytes for entry in self.small)) if self.small else 0
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the message; at least one, for a message of empty tensors arrives too."""
-        return max(1, sum(entry.nbytes for entry in self.entries))
+        """Bytes of all tensors."""
+        return self.packed_nbytes + sum(entry.nbytes for entry in self.large)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The tensors of a message that lies in `buffer`, uint8 (nbytes,); no copies."""
-        views, start = {}, 0
-        for entry in self.entries:
-            size = prod(entry.shape) * entry.dtype.itemsize
-            views[entry.name] = buffer[start : start + size].view(entry.dtype).view(entry.shape)
-            start += entry.nbytes
-        return views
+        return _views((*self.small, *self.large), buffer)
+
+    def packed_views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The small tensors alone, in `buffer`, uint8 (packed_nbytes,)."""
+        return _views(self.small, buffer)
 
     def to_header(self, names: Sequence[str]) -> Tensor:
         """int64 (len(names), 12): a row per name, absent ones too."""
@@ -116,20 +132,30 @@ class Layout:
         return cls(tuple(entries))
 
 
+def _views(entries: Sequence[Entry], buffer: Tensor) -> dict[str, Tensor]:
+    views, start = {}, 0
+    for entry in entries:
+        size = prod(entry.shape) * entry.dtype.itemsize
+        views[entry.name] = buffer[start : start + size].view(entry.dtype).view(entry.shape)
+        start += entry.nbytes
+    return views
+
+
 class _Slots:
     """Buffers that take turns; one grows when a message does not fit."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
-        self._works: list[dist.Work | None] = [None] * _SLOTS
+        self._works: list[list[dist.Work]] = [[] for _ in range(_SLOTS)]
+        self._held: list[list[Tensor]] = [[] for _ in range(_SLOTS)]
         self._next = 0
 
     def wait(self) -> None:
         """Wait until what the next slot was last used for has ended."""
-        if (work := self._works[self._next]) is not None:
+        for work in self._works[self._next]:
             work.wait()
-            self._works[self._next] = None
+        self._works[self._next], self._held[self._next] = [], []
 
     def take(self, nbytes: int) -> tuple[int, Tensor]:
         """(slot, its first `nbytes` bytes), after what it was last used for has ended."""
@@ -139,16 +165,28 @@ class _Slots:
             self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return slot, self._buffers[slot][:nbytes]
 
-    def uses(self, slot: int, work: dist.Work | None) -> None:
-        """The slot is busy until `work` has ended."""
-        self._works[slot] = work
+    def owns(self, value: Tensor) -> bool:
+        """Whether `value` lies in one of the buffers."""
+        place = value.untyped_storage().data_ptr()
+        return any(place == buffer.untyped_storage().data_ptr() for buffer in self._buffers)
+
+    def uses(self, slot: int, works: list[dist.Work], held: list[Tensor]) -> None:
+        """The slot is busy until `works` have ended; `held`, which they send, lives until then."""
+        self._works[slot], self._held[slot] = works, held
 
 
 class Outbox:
-    """Sends messages to one rank. names: of all tensors that a message may hold."""
+    """Sends messages to one rank.
 
-    def __init__(self, to: int, names: Sequence[str], device: torch.device) -> None:
+    names: of all tensors that a message may hold. source: where some of them may come from, to be
+    sent on.
+    """
+
+    def __init__(
+        self, to: int, names: Sequence[str], device: torch.device, source: "Inbox | None" = None
+    ) -> None:
         self._to = to
+        self._source = source
         self._names = tuple(names)
         self._slots = _Slots(device)
         self._layouts: dict[Key, Layout] = {}
@@ -158,7 +196,7 @@ class Outbox:
         self._slots.wait()
 
     def send(self, key: Key, values: Mapping[str, Tensor]) -> None:
-        """Send `values`, which may be changed afterwards; waits while both slots are under way.
+        """Send `values`, of which nothing may be written any more; waits while both slots are busy.
 
         Raises:
             TrainingError: a shape or dtype is another one than at the last batch with this key.
@@ -173,13 +211,22 @@ class Outbox:
                 "batch of the same shapes; what depends on data cannot cross between ranks: train "
                 "with --engine threads"
             )
-        slot, buffer = self._slots.take(layout.nbytes)
-        with torch.no_grad():
-            for name, view in layout.views(buffer).items():
-                view.copy_(values[name])
         if known is layout:
             dist.send(layout.to_header(self._names), self._to, tag=_HEADER)
-        self._slots.uses(slot, dist.isend(buffer, self._to, tag=_PAYLOAD))
+        slot, buffer = self._slots.take(layout.packed_nbytes)
+        with torch.no_grad():
+            for name, view in layout.packed_views(buffer).items():
+                view.copy_(values[name])
+        parts = [buffer] if layout.small else []
+        parts += [self._lasting(values[entry.name]) for entry in layout.large]
+        works = [dist.isend(part, self._to, tag=_PAYLOAD) for part in parts]
+        self._slots.uses(slot, [work for work in works if work is not None], parts)
+
+    def _lasting(self, value: Tensor) -> Tensor:
+        """`value` in memory that stays as it is until it is sent: an inbox's is used again."""
+        value = value.detach().contiguous()
+        is_relayed = self._source is not None and self._source.owns(value)
+        return value.clone() if is_relayed else value
 
 
 class Inbox:
@@ -190,17 +237,20 @@ class Inbox:
         self._names = tuple(names)
         self._slots = _Slots(device)
         self._layouts: dict[Key, Layout] = {}
-        self._posted: deque[tuple[Layout, Tensor, dist.Work | None]] = deque()
+        self._posted: deque[tuple[Layout, dict[str, Tensor], list[dist.Work]]] = deque()
 
     def knows(self, key: Key) -> bool:
         """Whether `post` would not have to wait for a header."""
         return key in self._layouts
 
+    def owns(self, value: Tensor) -> bool:
+        """Whether `value` lies in a buffer of this inbox."""
+        return self._slots.owns(value)
+
     @property
     def has_arrived(self) -> bool:
         """Whether `take` would not have to wait."""
-        work = self._posted[0][2] if self._posted else None
-        return work is not None and work.is_completed()
+        return bool(self._posted) and all(work.is_completed() for work in self._posted[0][2])
 
     def post(self, key: Key) -> None:
         """Begin to receive the next message, which has this key. At most one may be in use."""
@@ -209,14 +259,17 @@ class Inbox:
             dist.recv(header, self._source, tag=_HEADER)
             layout = self._layouts[key] = Layout.from_header(header, self._names)
         _, buffer = self._slots.take(layout.nbytes)
-        self._posted.append((layout, buffer, dist.irecv(buffer, self._source, tag=_PAYLOAD)))
+        views = layout.views(buffer)
+        parts = [buffer[: layout.packed_nbytes]] if layout.small else []
+        parts += [views[entry.name] for entry in layout.large]
+        works = [dist.irecv(part, self._source, tag=_PAYLOAD) for part in parts]
+        self._posted.append((layout, views, [work for work in works if work is not None]))
 
     def take(self) -> dict[str, Tensor]:
         """The oldest message that was posted; its tensors hold until the second `post` from now."""
-        layout, buffer, work = self._posted.popleft()
-        if work is not None:
+        layout, views, works = self._posted.popleft()
+        for work in works:
             work.wait()
-        views = layout.views(buffer)
         for entry in layout.entries:
             if entry.requires_grad:
                 views[entry.name].requires_grad_()

@@ -76,12 +76,12 @@ def verify(
     with undisturbed(model):
         check = _Check(plan, model, stages, select_output)
         check.contents()
-        for batch_size in batch_sizes:
-            inputs = make_inputs(batch_size)
-            for training in (False, True):
-                check.forward(inputs, training)
-        inputs = make_inputs(batch_sizes[0])
-        check.coverage(trained=check.gradients(inputs), by_loss=check.training_steps(inputs))
+        inputs, others = map(make_inputs, batch_sizes)
+        check.forward(inputs, training=False)
+        trained = check.forward(inputs, training=True, backward=True)
+        for training in (False, True):
+            check.forward(others, training=training)
+        check.coverage(trained=trained, by_loss=check.training_steps(inputs))
     found = check.found
     return Verification(
         plan=plan.digest,
@@ -188,28 +188,49 @@ class _Check:
                 if stops != planned:
                     raise VerifyError(f"it stops gradients {stops} times, the plan {planned} times")
 
-    def forward(self, inputs: tuple[Tensor, ...], training: bool) -> None:
-        """The stages' output and the buffers they write are the model's."""
-        mode = "train" if training else "eval"
-        place = f"in {mode} mode at batch size {inputs[0].shape[0]}"
+    def forward(
+        self, inputs: tuple[Tensor, ...], *, training: bool, backward: bool = False
+    ) -> set[str]:
+        """The stages' output and the buffers they write are the model's.
+
+        backward: so are the logits' gradients, with all stops open; gives the names of the
+        parameters that get one.
+        """
+        place = f"in {'train' if training else 'eval'} mode at batch size {inputs[0].shape[0]}"
+        leaves = dict(self.model.named_parameters()) if backward else {}
         self._begin(training=training)
-        with torch.no_grad():
-            with same_start(self.model), running(f"the model {place}"):
-                expected = self._eager(inputs)
+        with torch.set_grad_enabled(backward):
+            start = same_start(self.model)
+            with start, running(f"the model {place}"), taken_gradients(leaves) as expected:
+                output = self._eager(inputs)
                 buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+                if backward:
+                    weighted(output).backward()
+            truth = output.detach()
             if not training:
                 self._evaluate()
-            with same_start(self.model):
+            with same_start(self.model), stops_open(self.stages), taken_gradients(leaves) as actual:
                 output = self._chain(inputs, noting_randomness=training)
-                for name, value in self.model.named_buffers():
-                    if difference(value, buffers[name]) > RTOL:
-                        raise VerifyError(f"buffer {name!r} differs after a forward {place}")
-        worst = difference(output, expected)
+                self._compare_buffers(buffers, place)
+                worst = difference(output, truth)
+                if backward and worst <= RTOL:
+                    with running("backward through the stages"):
+                        weighted(output).backward()
         if worst > RTOL:
             self._begin(training=training)
             raise self._difference(inputs, place, worst)
-        figures, key = self.found.figures, f"forward_{mode}"
+        figures, key = self.found.figures, f"forward_{'train' if training else 'eval'}"
         figures[key] = max(float(figures.get(key, 0.0)), worst)
+        if backward:
+            sides = ("the stages", "the model")
+            figures["gradients"] = compare_gradients(actual, expected, sides)
+            figures["parameters"] = len(expected)
+        return set(expected)
+
+    def _compare_buffers(self, expected: Mapping[str, Tensor], place: str) -> None:
+        for name, value in self.model.named_buffers():
+            if difference(value, expected[name]) > RTOL:
+                raise VerifyError(f"buffer {name!r} differs after a forward {place}")
 
     def _difference(self, inputs: tuple[Tensor, ...], place: str, worst: float) -> VerifyError:
         def run_model() -> Tensor:
@@ -231,21 +252,6 @@ class _Check:
                 "them differs"
             )
         )
-
-    def gradients(self, inputs: tuple[Tensor, ...]) -> set[str]:
-        """The logits' gradients are the model's; gives the parameters that train in the model."""
-        leaves = dict(self.model.named_parameters())
-        self._start_training()
-        with same_start(self.model), running("backward through the model"):
-            with taken_gradients(leaves) as expected:
-                weighted(self._eager(inputs)).backward()
-        with same_start(self.model), stops_open(self.stages), running("backward through stages"):
-            with taken_gradients(leaves) as actual:
-                weighted(self._chain(inputs)).backward()
-        worst = compare_gradients(actual, expected, ("the stages", "the model"))
-        self.found.figures["gradients"] = worst
-        self.found.figures["parameters"] = len(expected)
-        return set(expected)
 
     def training_steps(self, inputs: tuple[Tensor, ...]) -> set[str]:
         """A step of every stage in order, as the engines run it; gives the parameters it trains."""

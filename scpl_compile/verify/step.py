@@ -114,11 +114,12 @@ class StepCheck:
         if not self._detach:
             roots[0] += [weighted(value) for value in sent if value.requires_grad]
         prints = []
-        for values in roots:
+        for index, values in enumerate(roots):
             live = [(i + 1) * value for i, value in enumerate(values) if value.requires_grad]
             with taken_gradients(leaves) as found, _noticing_forwards() as calls:
                 if live:
-                    torch.stack(live).sum().backward(retain_graph=True)
+                    again = index + 1 < len(roots)
+                    torch.stack(live).sum().backward(retain_graph=again)
             self.recomputes = self.recomputes or bool(calls)
             prints.append(found)
         return prints

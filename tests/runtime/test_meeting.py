@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime import meeting as meeting_module
-from scpl_compile.runtime.meeting import Meeting
+from scpl_compile.runtime.meeting import Meeting, reason
 
 
 class NoWatch:
@@ -66,7 +66,7 @@ def test_a_rank_waits_for_a_fact() -> None:
 
 def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting_module, "TIMEOUT_S", 0.1)
-    with pytest.raises(TrainingError, match="rank 1 has waited 0 s for 'never'"):
+    with pytest.raises(TrainingError, match=r"rank 1 has waited 0 s .*\('never'\); see that every"):
         meetings(2)[1].wait_for("never")
 
 
@@ -133,3 +133,11 @@ def test_all_leave_when_all_are_there_and_rank_0_last() -> None:
     together(3, leave)
     assert sorted(left) == [0, 1, 2]
     assert together(1, lambda m: m.leave()) == [None]
+
+
+def test_what_torch_says_is_told_without_its_advice() -> None:
+    told = "[/pytorch/gloo/tcp/pair.cc:545] Read error [127.0.0.1]:18: Connection reset by peer. "
+    assert reason(RuntimeError(f"{told}This is typically caused by a worker\nmore")) == (
+        "Read error [127.0.0.1]:18: Connection reset by peer"
+    )
+    assert reason(ValueError("no such host")) == "no such host"

@@ -96,6 +96,11 @@ def test_help_does_without_the_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["--clip-norm", "nan"], "--clip-norm is nan; give at least 0"),
         (["--weight-decay", "-0.1"], "--weight-decay is -0.1; give at least 0"),
         (["--amp", "half"], "amp 'half' is not one of none, bf16, fp16"),
+        (["--contrast", "far"], "--contrast 'far' is not one of local, global"),
+        (["--engine", "gpu"], "--engine 'gpu' is not one of auto, threads, ranks"),
+        (["--replicate", "all"], "--replicate 'all' is not one of ddp, fsdp"),
+        (["--wire-dtype", "int8"], "wire_dtype 'int8' is not one of bfloat16, float16"),
+        (["--microbatches", "0"], "--microbatches is 0; give at least 1"),
         (["--lr-schedule", "linear"], "lr_schedule 'linear' is not one of constant, cosine, "),
         (["--lr-schedule", "ReduceLROnPlateau"], "needs a metric"),
         (["--optimizer-options", "momentum"], "optimizer option 'momentum' is not name=value"),
@@ -109,7 +114,8 @@ def test_bad_usage_ends_with_exit_code_2(
 ) -> None:
     training = {
         "accumulate": 1, "warmup": 0, "clip_norm": 0.0, "weight_decay": 0.0, "amp": "none",
-        "lr_schedule": "cosine", "optimizer_options": "",
+        "lr_schedule": "cosine", "optimizer_options": "", "contrast": "local", "engine": "auto",
+        "replicate": "ddp", "wire_dtype": "", "microbatches": 8,
     }  # fmt: skip
     with pytest.raises(SystemExit) as end:
         parse_options(DOC, {**constants, **training}, argv)

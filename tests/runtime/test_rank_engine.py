@@ -13,6 +13,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from processes import start, wait_all
 from scpl_compile import compile_model
 from scpl_compile.actions import Action, step_kinds
 from scpl_compile.inputs import example_inputs
+from scpl_compile.runtime import wire
 from scpl_compile.runtime.engine import Event
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.ranks import Ranks, join
@@ -51,18 +53,22 @@ SIZES = (6, 6, 6, 3, 6, 6, 2, 2, 3, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4, 6)
 
 @dataclass(frozen=True)
 class Case:
-    """A run: views: inputs per label; lengths: of the first dimension of each batch's inputs."""
+    """A run: views: inputs per label; lengths: of the first dimension of each batch's inputs;
+    large: bytes from which a tensor is sent from where it lies, where not as in a program.
+    """
 
     model: str
     num_stages: int
     schedule: str
     views: int = 1
     lengths: tuple[int, ...] = ()
+    large: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         extra = {"views": self.views} if self.views > 1 else {}
         extra |= {"lengths": self.lengths} if self.lengths else {}
+        extra |= {"large": self.large} if self.large else {}
         told = [f"{name}={value}" for name, value in {**extra, **self.options}.items()]
         return ", ".join([self.model, str(self.num_stages), self.schedule, *told])
 
@@ -79,6 +85,10 @@ CASES = [
     *(Case("text", 3, s) for s in ("stream", "bp")),
     Case("unet", 3, "stream"),
     Case("unused", 2, "stream"),
+    *(Case("small_net", 3, s, large=64) for s in ("stream", "bp")),
+    *(Case("lstm", 3, s, large=1) for s in ("stream", "bp")),
+    *(Case("unet", 3, s, large=1) for s in ("stream", "bp")),
+    Case("text", 3, "stream", large=1),
     Case("small_net", 2, "stream", views=2),
     Case("small_net", 3, "bp", views=2),
     *(Case("small_net", 3, s, options={"wire_dtype": "bfloat16"}) for s in ("stream", "bp")),
@@ -133,7 +143,8 @@ def work(cases: Sequence[tuple[Case, Path]], results: Path) -> None:
     for case, directory in cases:
         columns = stage_columns(case.schedule, case.num_stages)
         ranks = join(columns, ["cpu"], read_plan(directory).digest, {"case": str(case)})
-        found.append(run(case, directory, ranks=ranks))
+        with mock.patch.object(wire, "_LARGE", case.large or wire._LARGE):
+            found.append(run(case, directory, ranks=ranks))
         ranks.leave()
     assert ranks is not None
     (results / str(ranks.rank)).write_bytes(pickle.dumps(found))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from scpl_compile.errors import MethodError
-from scpl_compile.runtime.ranks import Ranks, leads, wants_ranks
+from scpl_compile.runtime.progress import leads
+from scpl_compile.runtime.ranks import Ranks, wants_ranks
 from scpl_compile.runtime.schedules import stage_columns
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}

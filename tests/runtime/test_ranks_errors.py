@@ -1,6 +1,7 @@
 """What goes wrong on ranks: rank 0 says it once, with its remedy; every rank ends."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from processes import SECONDS, Ended, start_programs, train_ranks, wait_all
 from run_files import QUICK
 from scpl_compile import compile_model
+from scpl_compile.runtime import ranks, stage_step
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,6 +54,14 @@ def test_ranks_with_different_programs(program: Path, net_file: Path, tmp_path: 
         check_told(ended, "rank 1 has program ", ", rank 0 has ", "copy the same directory")
         assert quiet(ended)
     assert not (program / "run").exists() and not (other / "run").exists()
+
+
+def test_a_program_that_is_damaged_on_one_host(program: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(program, tmp_path / "other"))
+    (other / "plan.json").write_text("{}")
+    ended = train_ranks([program, other], *QUICK)
+    check_told(ended, "other/plan.json is damaged", "compile again with --force")
+    assert quiet(ended) and not (program / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +110,18 @@ def test_a_missing_backend(program: Path) -> None:
     assert quiet(ended) and not (program / "run").exists()
 
 
+def with_a_gpu_for_rank_0() -> None:
+    kind = "cuda" if os.environ["RANK"] == "0" else "cpu"
+    ranks._device_of = lambda *place: torch.device(kind)  # type: ignore[assignment]
+
+
+def test_more_ranks_than_gpus(program: Path) -> None:
+    ended = train_ranks(program, *QUICK, before=with_a_gpu_for_rank_0)
+    told = check_told(ended, "rank 1 has devices of kind cpu, rank 0 has cuda")
+    assert "no more ranks on a host than it has GPUs, or give --devices cpu" in told
+    assert quiet(ended) and not (program / "run").exists()
+
+
 def test_a_run_directory_that_exists(program: Path) -> None:
     run = program / "run"
     run.mkdir()
@@ -124,8 +146,6 @@ FAILS_AT = 5
 
 def failing(error: Callable[[], Any], stage: str) -> None:
     """The stage of this name fails in its batch FAILS_AT."""
-    from scpl_compile.runtime import stage_step
-
     forward = stage_step.StageStep.forward
 
     def fail(self: Any, step: int) -> None:
@@ -199,11 +219,11 @@ def test_a_rank_that_is_killed(program: Path) -> None:
 
 def test_rank_0_that_is_killed(program: Path, tmp_path: Path) -> None:
     """The store ends with it; nobody waits."""
-    ranks = start_programs(program, tmp_path / "logs", *QUICK, "--epochs", 2000)
+    both = start_programs(program, tmp_path / "logs", *QUICK, "--epochs", 2000)
     end = time.monotonic() + SECONDS
     while not (program / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.05)
-    ranks[0].process.kill()
-    killed, other = wait_all(ranks)
+    both[0].process.kill()
+    killed, other = wait_all(both)
     assert killed.code == -signal.SIGKILL and other.code not in (0, None)
     check_unfinished(program)

@@ -1,7 +1,9 @@
 """Messages between ranks: what a layout says, how it travels, and where its tensors lie."""
 
 from typing import Any
+from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scpl_compile.errors import TrainingError
-from scpl_compile.runtime.wire import Entry, Layout, Outbox
+from scpl_compile.runtime.wire import Entry, Inbox, Layout, Outbox
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 DTYPES = [*FLOATS, torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -76,9 +78,10 @@ def test_views_share_the_buffer_and_begin_at_multiples_of_64_bytes() -> None:
     assert views["b"].data_ptr() - buffer.data_ptr() == 64
 
 
-def test_a_message_of_nothing_has_a_byte() -> None:
+def test_a_message_of_empty_tensors_has_a_byte() -> None:
     """gloo would not send nothing, and the receiver waits for it."""
-    assert Layout(()).nbytes == Layout.of({"a": torch.zeros(0, 3)}).nbytes == 1
+    assert Layout(()).nbytes == 0
+    assert Layout.of({"a": torch.zeros(0, 3)}).nbytes == 1
 
 
 def test_what_a_header_cannot_say_is_refused_by_name() -> None:
@@ -159,3 +162,46 @@ def test_what_depends_on_data_is_refused(
     with pytest.raises(TrainingError, match=f"{message}.*--engine threads"):
         box.send(("k",), second)
     assert len(wire.payloads) == 1
+
+
+# ---------------------------------------------------------------------- large tensors
+
+LARGE = 2**16
+"""Float32 of 256 KiB."""
+
+
+def test_a_large_tensor_is_sent_from_where_it_lies(wire: Wire) -> None:
+    large, small = torch.ones(LARGE), torch.ones(3)
+    outbox().send(("k",), {"a": large, "b": small, "c": large[64:]})
+    packed, first = wire.payloads[:2]
+    assert first.data_ptr() == large.data_ptr() and not first.requires_grad
+    assert packed.numel() == Layout.of({"b": small, "c": large[64:]}).packed_nbytes
+    assert packed[:12].view(torch.float32).tolist() == [1.0] * 3
+
+
+def test_it_lives_until_it_is_sent(wire: Wire) -> None:
+    box = outbox()
+    memory = np.ones(LARGE, np.float32)
+    is_there = ref(memory)
+    box.send(("k",), {"a": torch.from_numpy(memory)})
+    wire.payloads.clear()
+    del memory
+    assert is_there() is not None
+    for _ in range(2):
+        box.send(("other",), {"a": torch.ones(1)})
+    assert is_there() is None
+
+
+def test_what_an_inbox_received_is_copied_before_it_is_sent_on(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next message but one arrives in the same memory."""
+    monkeypatch.setattr("torch.distributed.irecv", lambda value, source, tag: wire)
+    header = Layout.of({"a": torch.ones(LARGE)}).to_header(NAMES)
+    monkeypatch.setattr("torch.distributed.recv", lambda value, source, tag: value.copy_(header))
+    inbox = Inbox(0, NAMES, torch.device("cpu"))
+    inbox.post(("k",))
+    received = inbox.take()["a"]
+    Outbox(1, NAMES, torch.device("cpu"), inbox).send(("k",), {"a": received})
+    (sent,) = wire.payloads
+    assert sent.data_ptr() != received.data_ptr()
