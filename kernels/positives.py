@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 __all__ = ["Classes", "Overlaps", "positives_of"]
 
@@ -38,10 +37,8 @@ class Classes(NamedTuple):
         if weight is not None:
             weight = weight[self.order]
         # index_add would be shorter, but a GPU adds in no fixed order there.
-        sums = functional.embedding_bag(
-            self.order, x, self.offsets, mode="sum", per_sample_weights=weight
-        )
-        return sums.index_select(0, self.class_of).sub_(own)
+        bags = torch.embedding_bag(x, self.order, self.offsets, per_sample_weights=weight)
+        return bags[0].index_select(0, self.class_of).sub_(own)
 
 
 class Overlaps(NamedTuple):
@@ -75,9 +72,8 @@ def positives_of(labels: Tensor) -> Classes | Overlaps:
     """Of labels (B,) of an integer dtype, or (B, L) that are bool: which of L labels each has."""
     if labels.dim() == 2:
         return Overlaps(labels.float())
-    ordered, order = labels.long().sort(stable=True)
-    first = torch.searchsorted(ordered, ordered)
-    last = torch.searchsorted(ordered, ordered, right=True).sub_(1)
-    class_of = torch.empty_like(order).scatter_(0, order, last)
-    others = torch.empty_like(order).scatter_(0, order, last - first)
-    return Classes(order, first, class_of, others)
+    labels = labels.long().contiguous()
+    ordered, order = labels.sort(stable=True)
+    first = torch.searchsorted(ordered, labels)
+    last = torch.searchsorted(ordered, labels, right=True).sub_(1)
+    return Classes(order, first.index_select(0, order), last, last - first)

@@ -92,8 +92,8 @@ def forward(
     chunk: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss; x, the factor that made it, o, R, P, n; and the blocks of a small batch, flat."""
-    x, scale = _prescale(features, temperature, normalize)
+    """loss; x, what it was divided by, o, R, P, n; and the blocks of a small batch, flat."""
+    x, length = _prescale(features, temperature, normalize)
     others_of = positives_of(labels)
     positives = others_of.counts(x.dtype)  # P
     weight = _anchor_weights(positives, divisor, reduction)  # n
@@ -104,7 +104,7 @@ def forward(
     log_rows = rows.log() if bounded else rows
     losses = (positives * log_rows - (x * others).sum(1)) * weight
     loss = losses.sum() if reduction == "mean" else losses
-    return loss, x, scale, others, rows, positives, weight, kept
+    return loss, x, length, others, rows, positives, weight, kept
 
 
 def forward_fake(
@@ -139,7 +139,7 @@ def backward(
     features: Tensor,
     labels: Tensor,
     x: Tensor,
-    scale: Tensor,
+    length: Tensor,
     others: Tensor,
     rows: Tensor,
     positives: Tensor,
@@ -162,10 +162,10 @@ def backward(
     factors = x.bfloat16() if _multiplies_bfloat16(features) else x
     _add_products(grad, x, factors, c * positives, rows, chunk, bounded, kept)
     if normalize:  # the gradient along a unit vector vanishes
-        is_unit = scale < (1 - 1e-6) * temperature**-0.5 / EPSILON
+        is_unit = length > (1 + 1e-6) * temperature**0.5 * EPSILON
         along = (x * grad).sum(1, keepdim=True) * is_unit
         grad.addcmul_(x, along, value=-temperature)
-    grad.mul_(scale)
+    grad.div_(length)
     return grad.to(features.dtype)
 
 
@@ -174,14 +174,14 @@ def _is_bounded(x: Tensor, temperature: float, normalize: bool) -> bool:
 
 
 def _prescale(features: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """x, and the factor that made it: (B, 1), or () without normalisation."""
+    """x, and what the features were divided by: (B, 1), or () without normalisation."""
     z = features.to(torch.promote_types(features.dtype, torch.float32))
-    root = temperature**-0.5
+    root = temperature**0.5
     if not normalize:
-        return z * root, z.new_full((), root)
+        return z / root, z.new_full((), root)
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    scale = root / norm.clamp_min(EPSILON)
-    return z * scale, scale
+    length = norm.clamp_min_(EPSILON).mul_(root)
+    return z / length, length
 
 
 def _kept_numel(features: Tensor, chunk: int, keep: bool) -> int:

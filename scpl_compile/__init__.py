@@ -17,11 +17,21 @@ from scpl_compile.version import __version__
 
 if TYPE_CHECKING:
     from scpl_compile.api import Program, compile_model, plan_model
+    from scpl_compile.cutting import Captures
     from scpl_compile.runtime.trainer import Trainer
 
-__all__ = ["Program", "ScplError", "Trainer", "__version__", "compile_model", "plan_model"]
+__all__ = [
+    "Captures",
+    "Program",
+    "ScplError",
+    "Trainer",
+    "__version__",
+    "compile_model",
+    "plan_model",
+]
 
 _HOMES = {
+    "Captures": "scpl_compile.cutting",
     "Program": "scpl_compile.api",
     "compile_model": "scpl_compile.api",
     "plan_model": "scpl_compile.api",

@@ -16,7 +16,7 @@ from torch import nn
 from scpl_compile.capture import Capture, coarsen
 from scpl_compile.capture.refusals import check_usable
 from scpl_compile.cost import DEVICES
-from scpl_compile.cutting import CutRequest, cut_model
+from scpl_compile.cutting import Captures, CutRequest, cut_model
 from scpl_compile.emit import check_target, program_directory, write_program
 from scpl_compile.errors import EmitError, ProgramError, SourceError
 from scpl_compile.ir import InputSpec, Plan, Scalar
@@ -119,7 +119,8 @@ def compile_model(
             config (of the constructor), weights, source (where a module object comes from: needed
             for `out`), output (which of several outputs is the logits: "logits", "0"), frontend
             ("fx" or "record"; default: the first that allows a balanced cut), batch_size,
-            threads_per_stage.
+            threads_per_stage, captures (a `Captures`, to be given again with the same model: cut
+            into several numbers of stages, it is traced once).
 
     Raises:
         ScplError: see errors.py; nothing is left in `out`.
@@ -204,6 +205,7 @@ def _plan(
     frontend: str | None = None,
     batch_size: int | None = None,
     threads_per_stage: int | None = None,
+    captures: Captures | None = None,
 ) -> _Planned:
     module, model_source, name = resolve_model(model, source, num_classes, config, weights, say)
     check_usable(module)
@@ -223,6 +225,7 @@ def _plan(
             split_at=tuple(split_at),
             frontend=frontend,
         ),
+        captures,
     )
     if cutting.dropped:
         say(

@@ -23,7 +23,7 @@ from scpl_compile.sources import (
     output_tensors,
 )
 
-__all__ = ["CutRequest", "Cutting", "cut_model"]
+__all__ = ["Captures", "CutRequest", "Cutting", "cut_model"]
 
 _SMALL = 0.25
 """Of a stage's even share: an opaque module up to this cost stands in nobody's way."""
@@ -54,26 +54,68 @@ class CutRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Cutting:
-    """A graph that gives the logits alone, and its partition.
+class _Logits:
+    """A graph that gives the logits alone.
 
-    output: where the model gives the logits; dropped: names of its other outputs.
+    output: where the model gives them; dropped: names of its other outputs.
     """
 
     capture: Capture
     output: OutputPath
     dropped: tuple[str, ...]
     num_classes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cutting(_Logits):
+    """Such a graph and its partition."""
+
     partition: Partition
 
 
-def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
+class Captures:
+    """What each frontend made of one model, kept so that the model can be cut again and again.
+
+    The model must stay as it is meanwhile, but for the values of its parameters and buffers.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._found: dict[object, _Logits | CaptureError] = {}
+
+    def of(self, model: nn.Module, request: CutRequest, frontend: str) -> _Logits:
+        """The graph of `model`, captured at the first call for these inputs.
+
+        Raises:
+            CaptureError: as at the first call.
+            ValueError: the model is another one than at the first call.
+        """
+        if self._model is None:
+            self._model = model
+        if model is not self._model:
+            raise ValueError("captures are of one model: make new ones for another model")
+        key = (frontend, request.inputs, request.batch_size, request.output, request.num_classes)
+        if key not in self._found:
+            try:
+                self._found[key] = _captured(model, request, frontend)
+            except CaptureError as error:
+                self._found[key] = error
+        found = self._found[key]
+        if isinstance(found, CaptureError):
+            raise found
+        return found
+
+
+def cut_model(model: nn.Module, request: CutRequest, captures: Captures | None = None) -> Cutting:
     """Capture and cut `model` by the first frontend that allows a balanced cut, else by the best.
+
+    captures: of this model, for further cuts of it.
 
     Raises:
         CaptureError: no frontend can take the graph, or the inputs do not fit.
         PartitionError: no graph has such a cut.
     """
+    captures = captures or Captures()
     best: Cutting | None = None
     reasons: list[str] = []  # why modules were kept whole, or the model refused
     failure: CaptureError | PartitionError | None = None
@@ -82,7 +124,7 @@ def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
         if is_last_resort and not any("changes its attribute" in text for text in reasons):
             break
         try:
-            found, is_balanced = _cut(model, request, frontend)
+            found, is_balanced = _cut(captures.of(model, request, frontend), request)
         except (CaptureError, PartitionError) as error:
             # Of inputs that do not fit, the first frontend tells the most; of code, the second.
             is_told = isinstance(failure, CaptureError) and not isinstance(failure, TraceError)
@@ -100,8 +142,8 @@ def cut_model(model: nn.Module, request: CutRequest) -> Cutting:
     return best
 
 
-def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting, bool]:
-    """The cut of one frontend, and whether no other could do much better."""
+def _captured(model: nn.Module, request: CutRequest, frontend: str) -> _Logits:
+    """What a frontend makes of the model."""
     fine = capture(model, request.inputs, request.batch_size, frontend)
     outputs = outputs_of(fine)
     size = fine.batch_size
@@ -112,9 +154,19 @@ def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting,
     num_classes = check_output(
         tensors[path].shape, num_classes=request.num_classes, batch_size=size
     )
-    fine = keep_output(fine, path)
+    return _Logits(
+        capture=keep_output(fine, path),
+        output=path,
+        dropped=tuple(output_name(other) for other in tensors if other != path),
+        num_classes=num_classes,
+    )
+
+
+def _cut(logits: _Logits, request: CutRequest) -> tuple[Cutting, bool]:
+    """The cut of one frontend's graph, and whether no other could do much better."""
+    fine = logits.capture
     costs = node_costs(fine, request.device)
-    problem = cut_problem(fine, costs, request.method, num_classes, request.device)
+    problem = cut_problem(fine, costs, request.method, logits.num_classes, request.device)
     with _telling_opaque(fine, costs):
         if request.split_at:
             found = split_at(problem, split_nodes(fine, request.split_at))
@@ -122,9 +174,9 @@ def _cut(model: nn.Module, request: CutRequest, frontend: str) -> tuple[Cutting,
             found = partition(problem, request.num_stages)
     cutting = Cutting(
         capture=fine,
-        output=path,
-        dropped=tuple(output_name(other) for other in tensors if other != path),
-        num_classes=num_classes,
+        output=logits.output,
+        dropped=logits.dropped,
+        num_classes=logits.num_classes,
         partition=found,
     )
     return cutting, bool(request.split_at) or _is_balanced(fine, costs, found.stage_us)

@@ -151,6 +151,21 @@ def test_the_number_of_classes_is_what_the_model_gives(net_file: Path) -> None:
         plan_model(spec, "1x8x8", num_classes=12)
 
 
+@pytest.mark.parametrize("frontend", ["fx", "record"])
+def test_a_model_traced_once_gives_the_programs_of_a_model_traced_again(
+    model: nn.Module, frontend: str
+) -> None:
+    def source(num_stages: int, captures: scpl_compile.Captures | None) -> str:
+        program = compile_model(
+            model, IMAGES, num_stages=num_stages, captures=captures, frontend=frontend
+        )
+        return (program.directory / "stages.py").read_text()
+
+    captures = scpl_compile.Captures()
+    for num_stages in (4, 2, 3, 4):
+        assert source(num_stages, captures) == source(num_stages, None)
+
+
 @pytest.mark.parametrize("kind", ["verify", "disk", "tensors"])
 @pytest.mark.parametrize("is_named", [False, True])
 def test_what_fails_leaves_nothing(

@@ -10,19 +10,21 @@ from torch import nn
 import hard_models as hard
 from scpl_compile.capture import FRONTENDS
 from scpl_compile.cost import DEVICES
-from scpl_compile.cutting import CutRequest, Cutting, cut_model
+from scpl_compile.cutting import Captures, CutRequest, Cutting, cut_model
 from scpl_compile.errors import CaptureError, PartitionError, TraceError
 from scpl_compile.ir import InputSpec
 from scpl_compile.methods import make_method
 
 
-def cut(model: nn.Module, num_stages: int = 2, **options: Any) -> Cutting:
+def cut(
+    model: nn.Module, num_stages: int = 2, captures: Captures | None = None, **options: Any
+) -> Cutting:
     request = CutRequest(
         inputs=(InputSpec(name="x", dtype="float32", shape=(6,)),), batch_size=8, output=None,
         num_classes=None, method=make_method("scpl"), device=DEVICES["cpu"], num_stages=num_stages,
         **options,
     )  # fmt: skip
-    return cut_model(model, request)
+    return cut_model(model, request, captures)
 
 
 class Rows(nn.Module):
@@ -165,3 +167,30 @@ def test_a_module_that_drops_itself_at_random_makes_no_other_plan() -> None:
         random.seed(seed)
         found.append(cut(Net(Drops()), split_at=("first", "part")).partition)
     assert all(partition == found[0] for partition in found)
+
+
+# ---------------------------------------------------------------------- cut again and again
+
+
+def test_a_model_that_is_cut_again_is_traced_once() -> None:
+    model, captures = Net(Rows(4)), Captures()
+    first, second = (cut(model, k, captures, frontend="record") for k in (2, 3))
+    assert second.capture is first.capture
+    assert cut(model, 2, captures, frontend="fx").capture is not first.capture
+
+
+def test_what_no_frontend_can_take_fails_again_in_the_same_words() -> None:
+    model, captures = hard.as_root(hard.Autocast), Captures()
+    told = set()
+    for num_stages in (2, 3):
+        with pytest.raises(TraceError) as caught:
+            cut(model, num_stages, captures)
+        told.add(str(caught.value))
+    assert len(told) == 1
+
+
+def test_captures_are_of_one_model() -> None:
+    captures = Captures()
+    cut(Net(nn.Linear(6, 6)), 2, captures)
+    with pytest.raises(ValueError, match="captures are of one model"):
+        cut(Net(nn.Linear(6, 6)), 2, captures)

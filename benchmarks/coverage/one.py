@@ -119,8 +119,9 @@ def run_one(entry: Entry, stages: Sequence[int] = NUM_STAGES) -> Row:
             model, source = load_model(entry.spec, config=config)
             row.inputs = entry.inputs or ",".join(map(str, derive_inputs(model, source)))
             row.build_seconds = time.perf_counter() - start
+            captures = scpl_compile.Captures()
             for num_stages in stages:
-                plans.append(_verified_plan(model, row.inputs, num_stages, entry.batch))
+                plans.append(_verified_plan(model, row.inputs, num_stages, entry.batch, captures))
     except Exception as error:
         _note_error(row, error, f"{stages[len(plans)]} stages: " if plans else "")
     row.seconds = time.perf_counter() - start
@@ -154,9 +155,15 @@ def _import_library(spec: str, config: dict[str, Any]) -> None:
                 return
 
 
-def _verified_plan(model: nn.Module, inputs: str, num_stages: int, batch_size: int) -> Plan:
+def _verified_plan(
+    model: nn.Module,
+    inputs: str,
+    num_stages: int,
+    batch_size: int,
+    captures: scpl_compile.Captures,
+) -> Plan:
     program = scpl_compile.api.compile_model(
-        model, inputs, num_stages=num_stages, batch_size=batch_size or None
+        model, inputs, num_stages=num_stages, batch_size=batch_size or None, captures=captures
     )
     assert program.verification.is_verified, "compile_model verifies unless told otherwise"
     return program.plan

@@ -70,7 +70,7 @@ def run_size(batch: int, dim: int, threads: int, compiled: bool) -> list[Row]:
             rows[-1]["note"] = note
         else:
             runs[name] = partial(forward_and_backward, loss, features, labels)
-    repeats = 100 if batch <= 1024 else 10 if batch <= 4096 else 3
+    repeats = 300 if batch <= 1024 else 10 if batch <= 4096 else 3
     with pinned_threads(threads):
         stats = compare(runs, repeats=repeats, warmup=3 if batch <= 4096 else 1)
     rows += stats_rows(stats, metric="forward and backward", **shared)
