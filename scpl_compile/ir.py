@@ -28,6 +28,7 @@ __all__ = [
     "Cut",
     "InputSpec",
     "LocalLoss",
+    "LossSource",
     "ModelSource",
     "NodeCost",
     "Plan",
@@ -196,15 +197,24 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossSource:
+    """The user's own loss: the class `name` of the Python file `path`, with this content."""
+
+    path: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalLoss:
     """One loss of one stage.
 
     name: its attribute in the emitted stage and its key among the stage's losses.
-    kind: "local" (a head of its own: contrastive term, local classifier, or both) or
-    "cross_entropy" (of the model's own logits).
+    kind: "cross_entropy" (of the model's own logits), or a head of its own, a module: "local"
+    (contrastive term, local classifier, or both), "predsim", or "own" (that of `source`).
     reads: the tensors it reads, by the names in the stage's forward; `mask`: a padding mask or "".
     in_shapes, batch_dims: of what it reads, the batch left out of the shapes.
-    options: the other arguments of the head and the loss (runtime/losses.py).
+    options: the other arguments of that module.
     num_parameters: elements of the head; flops: of head and loss, forward, per step.
     """
 
@@ -217,6 +227,12 @@ class LocalLoss:
     options: Mapping[str, Scalar] = field(default_factory=dict)
     num_parameters: int = 0
     flops: int = 0
+    source: LossSource | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it is a module with a head of its own."""
+        return self.kind != "cross_entropy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from small_nets import NUM_CLASSES, compiled
+from small_nets import DECOUPLED, NUM_CLASSES, compiled
 
-METHODS = {
-    "scpl": {},
-    "scpl paper": {"preset": "paper"},
-    "early_exit": {"method": "early_exit"},
-    "bp": {"method": "bp"},
-}
+METHODS = {**DECOUPLED, "bp": {"method": "bp"}}
 # lstm: the cut is crossed by the sequence, the state h and c, and the mask; unet: by skips.
 NETS = {"cnn": 4, "lstm": 3, "small_net": 6, "transformer": 4, "unet": 4}
 FROZEN = {"cnn": {"stem.weight", "stem.bias"}}

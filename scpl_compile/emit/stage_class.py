@@ -22,6 +22,7 @@ from scpl_compile.errors import EmitError
 from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage, first_and_last
 from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
+from scpl_compile.runtime.objectives import loss_class
 
 __all__ = ["StageWriter", "stage_title"]
 
@@ -96,9 +97,9 @@ class StageWriter:
             paths = [self._constant(path) for path in self._paths]
             lines += call_lines(self._runtime("take"), ["self", "model", *paths], 8)
         for loss in self._stage.losses:
-            if loss.kind == "local":
+            if loss.has_head:
                 self._check_free(loss.name)
-                made = f"self.{loss.name} = {self._runtime('LocalLoss')}"
+                made = f"self.{loss.name} = {self._loss_class(loss)}"
                 lines += call_lines(made, self._loss_arguments(loss), 8)
         if self._stop_at:
             self._check_free("stop")
@@ -111,6 +112,12 @@ class StageWriter:
                 f"the model's {name!r} has the name of an attribute that stages have; "
                 "rename it in the model"
             )
+
+    def _loss_class(self, loss: LocalLoss) -> str:
+        if loss.source is None:
+            return self._runtime(loss_class(loss).__name__)
+        where = (loss.source.path, loss.source.name, loss.source.sha256)
+        return f"{self._runtime('load_callable')}({', '.join(map(self._constant, where))})"
 
     def _loss_arguments(self, loss: LocalLoss) -> list[Argument]:
         arguments: dict[str, object] = {
@@ -240,7 +247,7 @@ class StageWriter:
         parts: list[str] = []
         for loss in self._stage.losses:
             reads = self._variables(loss.reads)
-            if loss.kind == "local":
+            if loss.has_head:
                 mask = [f"mask={self._names[loss.mask]}"] if loss.mask else []
                 arguments = [*reads, "labels=labels", *mask]
                 lines += call_lines(f"losses = self.{loss.name}", arguments, 8)
@@ -253,7 +260,7 @@ class StageWriter:
         return lines
 
     def _exit(self) -> list[str]:
-        loss = next(loss for loss in self._stage.losses if loss.kind == "local")
+        loss = next(loss for loss in self._stage.losses if loss.has_head)
         reads = self._variables(loss.reads)
         masks = [self._names[loss.mask]] if loss.mask else []
         parameters = [f"{name}: Tensor" for name in [*reads, *masks]]

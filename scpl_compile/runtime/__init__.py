@@ -4,6 +4,7 @@ from scpl_compile.runtime.launch import launch
 from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
 from scpl_compile.runtime.options import parse_options
+from scpl_compile.runtime.predsim import PredSim
 from scpl_compile.runtime.program import assemble
 from scpl_compile.runtime.randomness import own_draws
 from scpl_compile.runtime.run import Run
@@ -14,6 +15,7 @@ __all__ = [
     "Evaluation",
     "LocalLoss",
     "Part",
+    "PredSim",
     "Run",
     "StopGradient",
     "Trainer",

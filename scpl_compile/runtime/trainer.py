@@ -296,7 +296,7 @@ class Trainer:
     def _local_exit(self, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
         """The logits of a stage's local classifier."""
         losses = self.plan.stages[stage.index].losses
-        loss = next(loss for loss in losses if loss.kind == "local")
+        loss = next(loss for loss in losses if loss.has_head)
         names = (*loss.reads, loss.mask) if loss.mask else loss.reads
         with stage.autocast():
             logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]

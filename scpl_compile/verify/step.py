@@ -10,7 +10,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Stage
-from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.losses import cross_entropy
+from scpl_compile.runtime.objectives import build_loss
 from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.verify.compare import (
     RTOL,
@@ -126,7 +127,7 @@ class StepCheck:
 
     def _buffers(self) -> list[Tensor]:
         """Copies of the model's buffers in the stage, as they are now."""
-        heads = {loss.name for loss in self._stage.losses if loss.kind == "local"}
+        heads = {loss.name for loss in self._stage.losses if loss.has_head}
         named = self._module.named_buffers()
         return [buffer.clone() for name, buffer in named if name.split(".")[0] not in heads]
 
@@ -154,12 +155,7 @@ class StepCheck:
                 losses[loss.name] = cross_entropy(reads[0], self._labels)
                 continue
             with torch.device("meta"):
-                planned = LocalLoss(
-                    num_classes=self._plan.num_classes,
-                    in_shapes=loss.in_shapes,
-                    batch_dims=loss.batch_dims,
-                    **loss.options,
-                )
+                planned = build_loss(loss, self._plan.num_classes)
             weights = _tensors(getattr(self._module, loss.name))
             if _shapes(weights) != _shapes(_tensors(planned)):
                 raise VerifyError(f"its {loss.name} has other weights than the plan says")
@@ -196,7 +192,7 @@ class StepCheck:
     def _check_exit(self, values: Values) -> None:
         if f"{self._stage.index}X" not in self._plan.inference:
             return
-        loss = next(loss for loss in self._stage.losses if loss.kind == "local")
+        loss = next(loss for loss in self._stage.losses if loss.has_head)
         reads = [values[name] for name in loss.reads]
         mask = [values[loss.mask]] if loss.mask else []
         head = getattr(self._module, loss.name)
