@@ -290,10 +290,12 @@ def evaluate_program(
     batch_size: int = 128,
     split: str = "test",
     devices: str = "auto",
+    exit_rule: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
+    exit_rule: samples leave early, as in `Trainer.evaluate`.
     The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
@@ -311,7 +313,7 @@ def evaluate_program(
     names = split_devices(devices, plan.num_stages)
     with stages.build_trainer(devices=names, weights=path) as trainer:
         start = time.perf_counter()
-        found = trainer.evaluate(loader.evaluation(split))
+        found = trainer.evaluate(loader.evaluation(split), exit_rule=exit_rule)
         seconds = time.perf_counter() - start
         how = {
             "schedule": trainer.schedule,

@@ -1,6 +1,6 @@
 """Inference over ranks: every rank runs its stages in order and hands on what crosses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scpl_compile.ir import Plan
+from scpl_compile.runtime.inference import local_exit
 from scpl_compile.runtime.rank_engine import LABELS, batch_key
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.sharding import Sharded
@@ -17,15 +18,11 @@ from scpl_compile.runtime.wire import Inbox, Outbox
 
 __all__ = ["RankInference", "crossing_names"]
 
-LocalExit = Callable[[StageStep, Mapping[str, Tensor]], Tensor]
-"""The logits of a stage's local classifier."""
-
 
 class RankInference:
     """The share of this rank in the inference of a plan.
 
-    local_exit: gives the logits of a stage's local classifier. sharded: by index, the stages that
-    are split over replicas.
+    sharded: by index, the stages that are split over replicas.
     """
 
     def __init__(
@@ -33,14 +30,12 @@ class RankInference:
         plan: Plan,
         stages: Sequence[StageStep],
         ranks: Ranks,
-        local_exit: LocalExit,
         sharded: Mapping[int, Sharded],
     ) -> None:
         self.exit_stages = _exit_stages(plan)
         self._plan = plan
         self._stages = sorted(stages, key=lambda stage: stage.index)
         self._ranks = ranks
-        self._local_exit = local_exit
         self._sharded = sharded
         own = set(ranks.stages)
         last = plan.num_stages - 1
@@ -88,7 +83,7 @@ class RankInference:
         """Those of one stage: its local classifier, and the model's own logits from the last."""
         last = len(self.exit_stages) - 1
         return {
-            i: values[self._plan.outputs[0]] if i == last else self._local_exit(stage, values)
+            i: values[self._plan.outputs[0]] if i == last else local_exit(self._plan, stage, values)
             for i, k in enumerate(self.exit_stages)
             if k == stage.index
         }

@@ -369,10 +369,14 @@ class Run:
 
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
-    """accuracy, and where there are several exits the accuracy of each."""
+    """accuracy, and where there are several exits the accuracy of each; of samples that left early
+    the share of each exit, and of the compute.
+    """
     facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
     if len(found.accuracies) > 1:
         facts["exit_accuracies"] = list(found.accuracies)
+    if found.compute is not None:
+        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
     return facts
 
 

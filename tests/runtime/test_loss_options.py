@@ -117,7 +117,7 @@ def test_arguments_of_deinforeg_have_no_temperature():
         "head": "mlp",
         "hidden": 256,
         "out": 64,
-        "pooling": "none",
+        "pooling": "auto",
         "contrast": 1.0,
         "cross_entropy": 1.0,
         "objective": "deinforeg",
