@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,9 @@ def evaluate_program(
     The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
-        ProgramError: the program or its weights are missing or damaged.
+        ProgramError: the program or its weights are missing or damaged; with an exit_rule, those
+            of its exits.
+        MethodError: the exit_rule is none, or the method has one exit.
     """
     plan = read_plan(directory)
     path = weights or directory / run_dir / "final.safetensors"
@@ -313,7 +315,15 @@ def evaluate_program(
     names = split_devices(devices, plan.num_stages)
     with stages.build_trainer(devices=names, weights=path) as trainer:
         start = time.perf_counter()
+        missing = trainer.load_exits(path.parent)
+        if missing is not None and exit_rule is not None:
+            raise ProgramError(
+                f"{missing} is missing, the weights of an exit: a run of train.py writes it beside "
+                "final.safetensors"
+            )
         found = trainer.evaluate(loader.evaluation(split), exit_rule=exit_rule)
+        if missing is not None:  # only the model's own is trained
+            found = replace(found, accuracies=found.accuracies[-1:], losses=found.losses[-1:])
         seconds = time.perf_counter() - start
         how = {
             "schedule": trainer.schedule,

@@ -312,6 +312,11 @@ class Plan:
         if len(self.placement) != len(self.stages):
             raise ProgramError(f"{len(self.stages)} stages are placed on {len(self.placement)}")
 
+    def sent(self, stage: int) -> tuple[str, ...]:
+        """Names of what `stage` sends to the next one."""
+        cuts = self.cuts[stage : stage + 1]  # none after the last stage
+        return tuple(crossing.name for cut in cuts for crossing in cut.crossings)
+
     @property
     def num_stages(self) -> int:
         """K."""

@@ -3,6 +3,7 @@
 Gradient isolation and coverage have suites of their own.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -82,5 +83,29 @@ def test_an_emitted_program_trains_and_is_evaluated(
     assert made.exit_code == 0, made.output
     ran = train(out, "--data", "random:48", "--batch-size", 16, "--epochs", 1)
     assert ran.code == 0, ran.stderr
-    found = scpl("evaluate", out, "--data", "random:48")
+    trained = json.loads((out / "run" / "result.json").read_text())
+    found = scpl("evaluate", out, "--data", "random:48", "--json")
     assert found.exit_code == 0, found.output
+    evaluated = json.loads(found.stdout.splitlines()[-1])
+    for key in ("accuracy", "exit_accuracies"):
+        assert evaluated.get(key) == trained.get(key)
+
+
+def test_exits_are_evaluated_only_where_their_weights_are(
+    scpl: Callable[..., Any], train: Callable[..., Any], net_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    scpl("compile", f"{net_file}:build_model", "--input", "1x8x8", "--stages", 3,
+         "--method", "early_exit", "-o", out, "--no-verify")  # fmt: skip
+    assert train(out, "--data", "random:48", "--epochs", 2).code == 0
+    arguments = ("evaluate", out, "--data", "random:48", "--json", "--split", "train")
+    with_rule = (*arguments, "--exit", "confidence:0.3")
+    found = json.loads(scpl(*with_rule).stdout.splitlines()[-1])
+    assert sum(found["exit_shares"]) == pytest.approx(1) and found["compute"] > 0
+    assert scpl(*arguments, "--exit", "sure").exit_code == 1
+    for name in ("exit-0", "exit-1"):
+        (out / "run" / f"{name}.safetensors").unlink()
+    assert "exit_accuracies" not in json.loads(scpl(*arguments).stdout.splitlines()[-1])
+    refused = scpl(*with_rule)
+    assert refused.exit_code == 1
+    assert "exit-0.safetensors is missing, the weights of an exit" in refused.stderr

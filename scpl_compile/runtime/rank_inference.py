@@ -107,7 +107,7 @@ def crossing_names(plan: Plan, cut: int) -> tuple[str, ...]:
     """Names of what may cross `cut`, labels among them; none outside of the model."""
     if not 0 <= cut < len(plan.cuts):
         return ()
-    return (*(crossing.name for crossing in plan.cuts[cut].crossings), LABELS)
+    return (*plan.sent(cut), LABELS)
 
 
 def _exit_stages(plan: Plan) -> tuple[int, ...]:

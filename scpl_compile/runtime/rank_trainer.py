@@ -18,6 +18,7 @@ from scpl_compile.runtime.batch import Inputs, labelled, named_inputs, num_sampl
 from scpl_compile.runtime.batch_engine import BatchEngine
 from scpl_compile.runtime.engine import Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
+from scpl_compile.runtime.exits import save_exits
 from scpl_compile.runtime.inference import EarlyExits
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
@@ -311,6 +312,11 @@ class RankTrainer(Trainer):
         """The names in the model's state_dict that `stage` answers for."""
         spec, known = self.plan.stages[stage], self.model.state_dict()
         return [name for name in (*spec.parameters, *spec.buffers) if name in known]
+
+    def save_exits(self, run: Path) -> None:
+        """As Trainer's: every rank of the first replica writes those of its stages."""
+        self.drain()
+        save_exits(run, self.plan, self._stages, writes=self._ranks.replica == 0)
 
     def save(
         self,

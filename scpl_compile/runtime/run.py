@@ -336,6 +336,7 @@ class Run:
         self._log()
         trainer.wait_saved()
         self._files.save_final(trainer.state_dict(), trainer.num_steps)
+        trainer.save_exits(self.directory)
         self._stack.close()
         if self.options.trace:  # now that the workers have told of their last actions too
             self._files.save_trace(chrome_trace(trainer.all_events()))

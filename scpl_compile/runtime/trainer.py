@@ -25,6 +25,7 @@ from scpl_compile.runtime.batch import (
 )
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
+from scpl_compile.runtime.exits import load_exits, save_exits
 from scpl_compile.runtime.inference import EarlyExits, ExitRule, Inference
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.learning_rate import learning_rate
@@ -131,7 +132,7 @@ class Trainer:
                 k,
                 module,
                 inputs=plan.stages[k].inputs,
-                sends=_sends(plan, k),
+                sends=plan.sent(k),
                 lane=lanes[k],
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
                 learning_rate=self.learning_rate,
@@ -326,6 +327,16 @@ class Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def save_exits(self, run: Path) -> None:
+        """Drain, and write the local classifiers that are exits into `run` (see exits.py)."""
+        self.drain()
+        save_exits(run, self.plan, self._stages)
+
+    def load_exits(self, run: Path) -> Path | None:
+        """Go on with what `save_exits` wrote; the first file that is missing, if one is."""
+        self.drain()
+        return load_exits(run, self.plan, self._stages)
+
     def save(
         self,
         run: Path,
@@ -385,9 +396,3 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _sends(plan: Plan, stage: int) -> tuple[str, ...]:
-    if stage == plan.num_stages - 1:
-        return ()
-    return tuple(crossing.name for crossing in plan.cuts[stage].crossings)
