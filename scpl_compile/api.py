@@ -316,10 +316,11 @@ def evaluate_program(
     with stages.build_trainer(devices=names, weights=path) as trainer:
         start = time.perf_counter()
         missing = trainer.load_exits(path.parent)
-        if missing is not None and exit_rule is not None:
+        is_needed = exit_rule is not None or "0D" in plan.inference
+        if missing is not None and is_needed:
             raise ProgramError(
-                f"{missing} is missing, the weights of an exit: a run of train.py writes it beside "
-                "final.safetensors"
+                f"{missing} is missing, the weights of a head that inference needs: a run of "
+                "train.py writes it beside final.safetensors"
             )
         found = trainer.evaluate(loader.evaluation(split), exit_rule=exit_rule)
         if missing is not None:  # only the model's own is trained

@@ -211,10 +211,12 @@ class LocalLoss:
 
     name: its attribute in the emitted stage and its key among the stage's losses.
     kind: "cross_entropy" (of the model's own logits), or a head of its own, a module: "local"
-    (contrastive term, local classifier, or both), "predsim", or "own" (that of `source`).
+    (contrastive term, local classifier, or both), "predsim", "al", or "own" (that of `source`).
     reads: the tensors it reads, by the names in the stage's forward; `mask`: a padding mask or "".
     in_shapes, batch_dims: of what it reads, the batch left out of the shapes.
     options: the other arguments of that module.
+    code, gives: the name of a code of the labels that it takes from the stage before, and of the
+    one that it makes for the next stage ("": none).
     num_parameters: elements of the head; flops: of head and loss, forward, per step.
     """
 
@@ -228,6 +230,8 @@ class LocalLoss:
     num_parameters: int = 0
     flops: int = 0
     source: LossSource | None = None
+    code: str = ""
+    gives: str = ""
 
     @property
     def has_head(self) -> bool:
@@ -255,6 +259,11 @@ class Stage:
     num_parameters: int
     cost_us: float
 
+    @property
+    def receives(self) -> tuple[str, ...]:
+        """What its training step takes: the inputs of its forward, and codes for its losses."""
+        return (*self.inputs, *(loss.code for loss in self.losses if loss.code))
+
 
 def first_and_last(stage: Stage) -> tuple[str, str]:
     """The first and the last module; where there is none, function."""
@@ -274,8 +283,9 @@ class Plan:
     """Everything that was decided about a program; plan.json is a Plan.
 
     edges: (from stage, to stage) pairs. placement: device of each stage. inference: the steps of
-    evaluation in order ("0F", "1F", "1X": forward of a stage, exit of a stage). untrained: the
-    parameters that the method leaves alone. opaque: (module, why it was not opened).
+    evaluation in order ("0F", "1F", "1X", "1B", "1D": forward of a stage, its exit, its bridge to a
+    code of the labels, its decoder of such a code). untrained: the parameters that the method
+    leaves alone. opaque: (module, why it was not opened).
     lower_bound_us: no partition of the model's leaf modules has a smaller bottleneck.
     """
 

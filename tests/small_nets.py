@@ -84,6 +84,7 @@ DECOUPLED: dict[str, dict[str, Any]] = {
     "scpl paper": {"preset": "paper"},
     "early_exit": {"method": "early_exit"},
     "early_exit paper": {"method": "early_exit", "preset": "paper"},
+    "al": {"method": "al"},
     "predsim": {"method": "predsim"},
     "deinforeg": {"method": "deinforeg"},
     "dascpl": {"method": "dascpl"},

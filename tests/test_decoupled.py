@@ -70,7 +70,8 @@ def test_exits_are_the_stages_classifiers_and_the_last_the_models_own(
     has_exits = method.split()[0] in ("early_exit", "deinforeg", "dascpl")
     assert len(exits) == (3 if has_exits else 1)
     assert {tuple(logits.shape) for logits in exits} == {(6, 4)}
-    torch.testing.assert_close(exits[-1], expected)
+    if method != "al":  # whose own logits come back through the decoders
+        torch.testing.assert_close(exits[-1], expected)
 
 
 @pytest.mark.parametrize("method", ["predsim", "deinforeg", "dascpl", OWN_METHOD])
@@ -108,4 +109,7 @@ def test_exits_are_evaluated_only_where_their_weights_are(
     assert "exit_accuracies" not in json.loads(scpl(*arguments).stdout.splitlines()[-1])
     refused = scpl(*with_rule)
     assert refused.exit_code == 1
-    assert "exit-0.safetensors is missing, the weights of an exit" in refused.stderr
+    assert (
+        "exit-0.safetensors is missing, the weights of a head that inference needs"
+        in refused.stderr
+    )

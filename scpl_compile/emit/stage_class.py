@@ -218,6 +218,7 @@ class StageWriter:
         result = "tuple[tuple[Tensor, ...], dict[str, Tensor]]"
         parameters = self._parameters()
         star = ["*"] if parameters else []
+        parameters += [f"{code}: Tensor" for code in self._stage.receives[len(parameters) :]]
         lines = signature_lines("training_step", [*parameters, *star, "labels: Tensor"], result)
         inputs, outputs = self._variables(self._stage.inputs), self._variables(self._stage.outputs)
         *before, last = tuple_lines("", outputs, " = self", 8)
@@ -235,7 +236,7 @@ class StageWriter:
         return self._plan.cuts[self._stage.index].crossings
 
     def _sent(self, crossing: Crossing) -> str:
-        variable = self._names[crossing.name]
+        variable = self._names.get(crossing.name, crossing.name)  # a code is no node of the graph
         if not self._plan.cuts[self._stage.index].detach:
             return variable
         is_first = max(crossing.producer, 0) == self._stage.index
@@ -249,8 +250,10 @@ class StageWriter:
             reads = self._variables(loss.reads)
             if loss.has_head:
                 mask = [f"mask={self._names[loss.mask]}"] if loss.mask else []
-                arguments = [*reads, "labels=labels", *mask]
-                lines += call_lines(f"losses = self.{loss.name}", arguments, 8)
+                code = [f"code={loss.code}"] if loss.code else []
+                arguments = [*reads, "labels=labels", *code, *mask]
+                found = f"losses, {loss.gives or '_'}" if loss.kind == "al" else "losses"
+                lines += call_lines(f"{found} = self.{loss.name}", arguments, 8)
             else:
                 parts.append(f'"{loss.name}": {self._runtime("cross_entropy")}({reads[0]}, labels)')
         if not self._stage.losses:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
+from scpl_compile.methods.al import AssociatedLearning
 from scpl_compile.methods.base import Method, StageView, cross_entropy_loss, local_loss
 from scpl_compile.methods.bp import BP_SCHEDULES, Backpropagation
 from scpl_compile.methods.dascpl import Dascpl
@@ -35,7 +36,15 @@ __all__ = [
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         cls.name: cls
-        for cls in (Scpl, Backpropagation, EarlyExit, PredSim, DeInfoReg, Dascpl)
+        for cls in (
+            Scpl,
+            Backpropagation,
+            EarlyExit,
+            AssociatedLearning,
+            PredSim,
+            DeInfoReg,
+            Dascpl,
+        )
     }
 )  # fmt: skip
 PRESETS = ("default", "paper")

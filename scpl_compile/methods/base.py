@@ -48,8 +48,8 @@ class StageView:
 
     sends: the gradient-carrying tensors that the stage computes and the next stages read.
     mask: the model's padding mask, if it has one.
-    feature, logits: of the last stage: what the model's own classifier reads (None where that is
-    not one tensor computed in the stage), and the model's output; "" elsewhere.
+    feature, output: of the last stage: what the model's own classifier reads (None where that is
+    not one tensor computed in the stage), and the model's logits; None elsewhere.
     """
 
     index: int
@@ -57,7 +57,7 @@ class StageView:
     sends: tuple[Value, ...]
     mask: Mask | None
     feature: Value | None
-    logits: str
+    output: Value | None
     num_classes: int
 
 
@@ -65,13 +65,14 @@ class Method(ABC):
     """One way to train a cut model. Subclasses: one file each beside this one.
 
     name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
-    those that `make` takes.
+    those that `make` takes. leaves_classifier: the model's own classifier is not trained.
     """
 
     name: ClassVar[str]
     detach: ClassVar[bool] = True
     schedule: str = "stream"
     presets: ClassVar[tuple[str, ...]] = ("default",)
+    leaves_classifier: ClassVar[bool] = False
 
     @classmethod
     def make(
@@ -171,4 +172,6 @@ def last_losses(view: StageView, options: LossOptions, last: str) -> tuple[Local
 def cross_entropy_loss(view: StageView, *, stop_at: str = "") -> LocalLoss:
     """Cross entropy of the model's own logits; the gradient stops at `stop_at` ("": nowhere)."""
     options: Mapping[str, Scalar] = {"stop_at": stop_at} if stop_at else {}
-    return LocalLoss(name="classifier", kind="cross_entropy", reads=(view.logits,), options=options)
+    assert view.output is not None, "only the last stage has the model's logits"
+    reads = (view.output.name,)
+    return LocalLoss(name="classifier", kind="cross_entropy", reads=reads, options=options)

@@ -26,11 +26,13 @@ def module_loss(
     options: Mapping[str, Scalar] = MappingProxyType({}),
     *,
     kind: str = "own",
+    code_width: int = 0,
 ) -> LocalLoss:
     """The loss that the module `module(num_classes=…, in_shapes=…, **options)` gives of `values`.
 
     What it must be: see runtime/objectives.py. Its cost is counted by running it once on tensors
     without data. kind: of scpl_compile's own classes; "own": of a class in a Python file.
+    code_width: of the code of the labels that it takes, 0 where it takes none.
 
     Raises:
         MethodError: it cannot be built with these options, or cannot run on these shapes.
@@ -47,6 +49,7 @@ def module_loss(
         batch_dims,
         batch_size,
         tuple(options.items()),
+        code_width,
     )
     lengths = {shape[0] for shape in in_shapes if len(shape) == 2}
     return LocalLoss(
@@ -79,6 +82,7 @@ def _cost(
     batch_dims: tuple[int, ...],
     batch_size: int,
     options: tuple[tuple[str, Scalar], ...],
+    code_width: int,
 ) -> tuple[int, int]:
     """(elements of its parameters, forward FLOPs); the same for all cuts of the same shapes."""
     more: Mapping[str, object] = {"batch_dims": batch_dims} if any(batch_dims) else {}
@@ -90,9 +94,11 @@ def _cost(
                 torch.empty(*shape[:dim], batch_size, *shape[dim:])
                 for shape, dim in zip(in_shapes, batch_dims, strict=True)
             ]
-            labels = torch.zeros(batch_size, dtype=torch.int64)
+            given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
+            if code_width:
+                given["code"] = torch.empty(batch_size, code_width)
             with FlopCounterMode(display=False) as counter:
-                terms = made(*features, labels=labels)
+                terms = made(*features, **given)
     except Exception as error:
         if isinstance(error, MethodError):
             raise
@@ -101,6 +107,8 @@ def _cost(
         raise MethodError(
             f"loss {name} fails on {shapes}: {type(error).__name__}: {text}"
         ) from error
+    if getattr(module, "gives_code", False):
+        terms = terms[0]
     if not isinstance(terms, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.dim() == 0
         for key, value in terms.items()

@@ -1,5 +1,6 @@
 """All that an emitted program imports while it trains."""
 
+from scpl_compile.runtime.association import Association
 from scpl_compile.runtime.launch import launch
 from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
@@ -12,6 +13,7 @@ from scpl_compile.runtime.stage import Part, StopGradient, cut, take
 from scpl_compile.runtime.trainer import Evaluation, Trainer
 
 __all__ = [
+    "Association",
     "Evaluation",
     "LocalLoss",
     "Part",

@@ -1,7 +1,7 @@
-"""The weights of the local classifiers of a trained program: exit-K.safetensors in its run.
+"""The weights of the heads that inference needs: exit-K.safetensors in a run.
 
-The original model, whose names final.safetensors has, knows nothing of them; without these files a
-program has one exit, the model's own. On ranks each writes that of its stage.
+They are local classifiers, or all heads of Associated Learning. The original model, whose names
+final.safetensors has, knows nothing of them. On ranks each writes that of its stage.
 """
 
 import json
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scpl_compile.errors import ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.inference import head_of
 from scpl_compile.runtime.sharding import whole_tensor
 from scpl_compile.runtime.stage_step import StageStep
 
@@ -24,12 +25,11 @@ def _file(directory: Path, stage: int) -> Path:
 
 
 def _exit_stages(plan: Plan) -> list[int]:
-    return [int(text[:-1]) for text in plan.inference if text.endswith("X")]
+    return [int(text[:-1]) for text in plan.inference if not text.endswith("F")]
 
 
 def _head(plan: Plan, stage: StageStep) -> nn.Module:
-    name = next(loss.name for loss in plan.stages[stage.index].losses if loss.has_head)
-    head: nn.Module = getattr(stage.module, name)
+    head: nn.Module = getattr(stage.module, head_of(plan, stage.index).name)
     return head
 
 

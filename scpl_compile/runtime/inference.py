@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import Plan
+from scpl_compile.ir import LocalLoss, Plan
 from scpl_compile.runtime.evaluation import Tally
 from scpl_compile.runtime.stage import as_tuple
 from scpl_compile.runtime.stage_step import StageStep
 
-__all__ = ["EarlyExits", "ExitRule", "Inference", "local_exit"]
+__all__ = ["EarlyExits", "ExitRule", "Inference", "bridged", "decoded", "head_of", "local_exit"]
+
+_CODE = "code of the labels"
 
 Values = dict[str, Tensor]
 
@@ -45,7 +47,7 @@ class ExitRule:
         Raises:
             MethodError: `text` is no rule, or the program has one exit.
         """
-        if all(step.endswith("F") for step in plan.inference):
+        if not any(step.endswith("X") for step in plan.inference):
             raise MethodError(
                 f"method {plan.method!r} has one exit, so no rule {text!r} of leaving early; "
                 "methods early_exit, dascpl and deinforeg have one for each stage"
@@ -88,11 +90,32 @@ class EarlyExits:
 
 def local_exit(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
     """The logits of a stage's local classifier."""
-    loss = next(loss for loss in plan.stages[stage.index].losses if loss.has_head)
+    loss = head_of(plan, stage.index)
     names = (*loss.reads, loss.mask) if loss.mask else loss.reads
     with stage.autocast():
         logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
     return logits
+
+
+def bridged(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
+    """Associated Learning: the code that the last stage's features stand for, float32 at least."""
+    loss = head_of(plan, stage.index)
+    names = [values[name] for name in loss.reads]
+    with stage.autocast():
+        code: Tensor = getattr(stage.module, loss.name).associate(*names)
+    return code.to(torch.promote_types(code.dtype, torch.float32))
+
+
+def decoded(plan: Plan, stage: StageStep, code: Tensor) -> Tensor:
+    """Associated Learning: the code of the stage before; from the first stage (B, num_classes)."""
+    with stage.autocast():
+        source: Tensor = getattr(stage.module, head_of(plan, stage.index).name).decode(code)
+    return source.to(torch.promote_types(source.dtype, torch.float32))
+
+
+def head_of(plan: Plan, stage: int) -> LocalLoss:
+    """The stage's loss with a head."""
+    return next(loss for loss in plan.stages[stage].losses if loss.has_head)
 
 
 class Inference:
@@ -108,10 +131,24 @@ class Inference:
         for k, kind in self._steps():
             if kind == "F":
                 values = self._forward(k, values)
-            else:
+            elif kind == "X":
                 exits.append(local_exit(self._plan, self._stages[k], values))
+            else:
+                values = self._back(k, kind, values)
         exits.append(values[self._plan.outputs[0]])
         return exits
+
+    def _back(self, k: int, kind: str, values: Values) -> Values:
+        """The last bridge ("B") gives a code, each decoder ("D") leads it back; the first one's is
+        the output.
+        """
+        stage = self._stages[k]
+        if kind == "B":
+            code = bridged(self._plan, stage, values)
+        else:
+            received = stage.lane.receive({_CODE: values[_CODE]}, None)
+            code = decoded(self._plan, stage, received[_CODE])
+        return values | {_CODE if kind == "B" or k else self._plan.outputs[0]: code}
 
     def early(self, values: Values, rule: ExitRule) -> EarlyExits:
         """The logits of the first exit that `rule` trusts, sample by sample."""

@@ -3,7 +3,8 @@
 Such a module is built from `num_classes`, `in_shapes` (of the tensors that it reads, each without
 its batch dimension), `batch_dims` where one is not 0, and its options; it is called with these
 tensors, `labels` (B,) and, where the plan says so, `mask`, and gives its terms by name, scalars
-whose sum is the stage's loss.
+whose sum is the stage's loss. One that gives a code of the labels to the next stage gives it beside
+the terms, and takes that of the stage before as `code`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from scpl_compile import ir
+from scpl_compile.runtime.association import Association
 from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.losses import LocalLoss
 from scpl_compile.runtime.predsim import PredSim
@@ -20,7 +22,7 @@ from scpl_compile.runtime.predsim import PredSim
 __all__ = ["build_loss", "loss_class"]
 
 _CLASSES: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {"local": LocalLoss, "predsim": PredSim}
+    {"local": LocalLoss, "predsim": PredSim, "al": Association}
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scpl_compile.ir import Plan
-from scpl_compile.runtime.inference import local_exit
+from scpl_compile.runtime.inference import bridged, decoded, head_of, local_exit
 from scpl_compile.runtime.rank_engine import LABELS, batch_key
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.sharding import Sharded
@@ -39,7 +39,8 @@ class RankInference:
         self._sharded = sharded
         own = set(ranks.stages)
         last = plan.num_stages - 1
-        names = {k: crossing_names(plan, k) for k in range(last)}
+        self._goes_back = "0D" in plan.inference
+        names = {k: _forward_names(plan, k) for k in range(last)}
         self._inboxes = {
             k: Inbox(ranks.rank_of(k - 1), names[k - 1], ranks.device)
             for k in own
@@ -74,10 +75,31 @@ class RankInference:
                     with stage.autocast():
                         given = stage.module(*(values[name] for name in spec.inputs))
                     values |= dict(zip(spec.outputs, as_tuple(given), strict=True))
-                    found |= self._exits(stage, values)
+                    if not self._goes_back:
+                        found |= self._exits(stage, values)
                     if (outbox := self._outboxes.get(k)) is not None:
                         outbox.send(key, {**values, LABELS: labels.to(stage.lane.device)})
+            if self._goes_back:
+                found = self._back(values, len(labels))
         return found, labels
+
+    def _back(self, values: Mapping[str, Tensor], batch_size: int) -> dict[int, Tensor]:
+        """Associated Learning: from the last bridge back through the decoders of all ranks."""
+        code: Tensor | None = None
+        for stage in reversed(self._stages):
+            k = stage.index
+            with stage.lane.scope():
+                if k == self._plan.num_stages - 1:
+                    code = bridged(self._plan, stage, values)
+                elif code is None:
+                    width = int(head_of(self._plan, k).options["latent"])
+                    code = torch.empty(batch_size, width, device=stage.lane.device)
+                    dist.recv(code, self._ranks.rank_of(k + 1))
+                code = decoded(self._plan, stage, code)
+                if k and self._ranks.rank_of(k - 1) != self._ranks.rank:
+                    dist.send(code.contiguous(), self._ranks.rank_of(k - 1))
+                    code = None
+        return {} if code is None else {0: code}
 
     def _exits(self, stage: StageStep, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Those of one stage: its local classifier, and the model's own logits from the last."""
@@ -110,7 +132,13 @@ def crossing_names(plan: Plan, cut: int) -> tuple[str, ...]:
     return (*plan.sent(cut), LABELS)
 
 
+def _forward_names(plan: Plan, cut: int) -> tuple[str, ...]:
+    """Of these, those that forward reads: no codes of the labels."""
+    inputs = plan.stages[cut + 1].inputs
+    return (*(name for name in plan.sent(cut) if name in inputs), LABELS)
+
+
 def _exit_stages(plan: Plan) -> tuple[int, ...]:
     """The stage of every exit, in the order in which Trainer.predict gives them."""
-    early = [int(text[:-1]) for text in plan.inference if not text.endswith("F")]
-    return (*early, plan.num_stages - 1)
+    early = [int(text[:-1]) for text in plan.inference if text.endswith("X")]
+    return (*early, 0 if "0D" in plan.inference else plan.num_stages - 1)

@@ -131,7 +131,7 @@ class Trainer:
             StageStep(
                 k,
                 module,
-                inputs=plan.stages[k].inputs,
+                inputs=plan.stages[k].receives,
                 sends=plan.sent(k),
                 lane=lanes[k],
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),

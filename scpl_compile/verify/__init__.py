@@ -263,7 +263,7 @@ class _Check:
             check = StepCheck(self.plan, stage, self.model, module, labels)
             place = f"the training step of stage {stage.index}"
             with context(place), running("it"):
-                sent, reached = check.run([received[name] for name in stage.inputs])
+                sent, reached = check.run([received[name] for name in stage.receives])
             if check.recomputes:
                 self.found.recompute_stages.add(stage.index)
             own = {name: names.get(id(p), "") for name, p in module.named_parameters()}

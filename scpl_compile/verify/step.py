@@ -86,8 +86,8 @@ class StepCheck:
             self._check_received(arguments, versions, again)
         versions = _versions(sent)
         with same_start(self._model), stops_open([module]), _stopped_values(module) as stopped:
-            outputs = named_outputs(stage, as_tuple(module(*again)))
-            values = dict(zip(stage.inputs, again, strict=True)) | outputs
+            outputs = named_outputs(stage, as_tuple(module(*again[: len(stage.inputs)])))
+            values = dict(zip(stage.receives, again, strict=True)) | outputs
             self._check_stops(stopped, values)
             forward_buffers = self._buffers()
             planned = self._planned_losses(values)
@@ -107,7 +107,7 @@ class StepCheck:
         self, sent: Sequence[Tensor], losses: Values, arguments: Sequence[Tensor]
     ) -> list[dict[str, Print]]:
         """By the losses (and by what is sent, without a cut); then by each loss behind a stop."""
-        inputs = zip(self._stage.inputs, arguments, strict=True)
+        inputs = zip(self._stage.receives, arguments, strict=True)
         leaves = dict(self._module.named_parameters())
         leaves |= {f"input {name}": value for name, value in inputs if value.requires_grad}
         roots = [[losses[name] for name in sorted(losses.keys() - set(self._stopped))]]
@@ -136,7 +136,7 @@ class StepCheck:
     ) -> None:
         """The sender's loss may still read it. A write through `.data` leaves the version."""
         for name, value, version, copy in zip(
-            self._stage.inputs, received, versions, before, strict=True
+            self._stage.receives, received, versions, before, strict=True
         ):
             if value._version != version:
                 raise VerifyError("it writes into a tensor that it received")
@@ -146,8 +146,10 @@ class StepCheck:
                     "(.data or numpy); let the model write into a clone"
                 )
 
-    def _planned_losses(self, values: Values) -> dict[str, Tensor]:
-        """The losses as the plan says, with the weights of the emitted stage's heads."""
+    def _planned_losses(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses as the plan says, with the weights of the emitted stage's heads; a code that
+        one of them gives becomes one of the values.
+        """
         losses: dict[str, Tensor] = {}
         for loss in self._stage.losses:
             reads = tuple(values[name] for name in loss.reads)
@@ -160,7 +162,12 @@ class StepCheck:
             if _shapes(weights) != _shapes(_tensors(planned)):
                 raise VerifyError(f"its {loss.name} has other weights than the plan says")
             named = {"labels": self._labels} | ({"mask": values[loss.mask]} if loss.mask else {})
-            losses |= torch.func.functional_call(planned, weights, reads, named)
+            if loss.code:
+                named["code"] = values[loss.code]
+            found = torch.func.functional_call(planned, weights, reads, named)
+            if loss.kind == "al":
+                found, values[loss.gives] = found
+            losses |= found
         return losses
 
     def _check_stops(self, stopped: list[Tensor], values: Values) -> None:

@@ -26,8 +26,8 @@ def test_every_method_is_made_by_its_name() -> None:
     [
         (
             {"name": "gpip"},
-            "method 'gpip' is not one of scpl, bp, early_exit, predsim, deinforeg, dascpl, gpipe, "
-            "1f1b, zb, ddp",
+            "method 'gpip' is not one of scpl, bp, early_exit, al, predsim, deinforeg, dascpl, "
+            "gpipe, 1f1b, zb, ddp",
         ),
         ({"name": "scpl", "preset": "papre"}, "preset 'papre' is not one of default, paper"),
         ({"name": "scpl", "options": {"last": "no"}}, "option last is 'no'.*through, released"),
