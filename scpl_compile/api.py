@@ -249,6 +249,11 @@ def _plan(
         versions=versions(),
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
+    if plan.untrained:
+        say(
+            f"method {plan.method!r} leaves the model's own classifier untrained "
+            f"({', '.join(plan.untrained)}): evaluate with the program, not with the model"
+        )
     return _Planned(
         plan=plan, model=module, capture=coarse, stage_of=coarse_stage_of, output=cutting.output
     )
