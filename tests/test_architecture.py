@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "scpl_compile"
 
 ORDER = (
-    "errors", "version", "json_form", "ir", "actions", "kernels", "runtime", "inputs", "sources", "capture",
+    "errors", "version", "json_form", "ir", "actions", "kernels", "runtime", "inputs", "sources",
+    "capture",
     "cost", "partition", "methods", "cutting", "emit", "verify", "simulate", "report", "demo_net",
     "api", "demo", "bench", "train_command", "cli",
 )  # fmt: skip
