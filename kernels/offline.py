@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scpl_compile.kernels import triton_kernels, triton_rows
+from scpl_compile.kernels import triton_kernels, triton_rows, triton_triangle
 from scpl_compile.kernels.routes import Route, route
 
 __all__ = [
@@ -54,7 +54,9 @@ POINTS = [
         (torch.float32, (16, 32, 64, 256, 1024)),
     )
     for dim in dims
-    for batch, temperature in ((dim, 0.1), (1024, 0.1), (65536, 0.1), (65536, 0.005))
+    for batch, temperature in (
+        *((batch, 0.1) for batch in (dim, 1024, 6144, 8192, 16384, 65536, 262144)), (65536, 0.005),
+    )
 ]  # fmt: skip
 SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,7 +83,8 @@ class Facts:
     """registers: of a thread, vector and accumulation. spills: bytes of a thread, or registers on
     AMD. shared: bytes of a block. occupancy: blocks that fit on a multiprocessor at a time by
     registers, shared memory and warps. matrix: matrix instructions of the inner loop. per_element:
-    its instructions, times threads, for each element of the tile; None where its loop is another.
+    its instructions, times threads, for each element of the tile, of which one of the triangle is
+    two elements of the B x B matrix; None where its loop is another.
     """
 
     registers: int
@@ -108,6 +111,9 @@ def _forwards(way: Route) -> list[Variant]:
     absent = set() if way.labels else {"labels_ptr", "dots_ptr", "counts_ptr"}
     if way.stored:
         return [_variant("forward_kernel", "keeps", way, options | {"SUMS": True}, absent)]
+    if way.distances:
+        word = "tall" * (way.forward.block_m > 128)
+        return [_variant("triangle_kernel", word, way, way.triangle_options(), set())]
     absent |= {"kept_ptr"}
     found = [_variant("forward_kernel", "", way, options | {"SUMS": True}, absent)]
     if not way.resident:
@@ -158,6 +164,7 @@ def _variant(
     if kernel in ("prologue_kernel", "project_kernel", "finalise_kernel"):
         words = words[:1] + (words[2:4] if "D_PAD" in constants else ["online"] * way.online)
     is_tile = way.resident and "BLOCK_N" in constants
+    is_half = kernel == "triangle_kernel"
     return Variant(
         name=" ".join(filter(None, words)),
         kernel=kernel,
@@ -165,12 +172,13 @@ def _variant(
         types={n: special.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names},
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        elements=options["BLOCK_M"] * options["BLOCK_N"] if is_tile else 0,
+        elements=options["BLOCK_M"] * options["BLOCK_N"] * (1 + is_half) if is_tile else 0,
     )
 
 
 def _function(kernel: str) -> Any:
-    return getattr(triton_rows if hasattr(triton_rows, kernel) else triton_kernels, kernel)
+    modules = (triton_kernels, triton_rows, triton_triangle)
+    return next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
 
 
 def measure(variant: Variant, architecture: str) -> Facts:
@@ -191,7 +199,7 @@ def measure(variant: Variant, architecture: str) -> Facts:
     compiled = triton.compile(source, target=target, options=options)
     read = _read_amd if is_amd else _read_nvidia
     registers, spills, loops = read(compiled.asm)
-    inner = max(loops, key=lambda loop: (_matrix(loop) > 0, -len(loop)), default=[])
+    inner = next(filter(_matrix, loops), [])  # of plain tiles: those with masks come after
     lanes = variant.num_warps * target.warp_size
     per_element = round(len(inner) * lanes / variant.elements, 2) if variant.elements else None
     return Facts(
@@ -256,7 +264,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _loops(code: str, line: re.Pattern[str], label: str, branch: str) -> list[list[str]]:
-    """The operations from each label to the last branch back to it."""
+    """The operations from each label to the last branch back to it; inner loops before outer."""
     operations: list[str] = []
     places: dict[str, int] = {}
     loops: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """Which path and which tiles: a plain table by batch, features, dtype and architecture.
 
-No autotuning: a table gives the same bits on every run and starts at once. Torch only, so the
-offline compiler and the tests read it without a GPU.
+A table gives the same bits on every run and starts at once; `autotune` replaces its tiles, where
+asked to. Torch only, so the offline compiler and the tests read it without a GPU.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Route", "Tiles", "route"]
+__all__ = ["Route", "Tiles", "route", "with_forward"]
 
 PAD = 128  # rows of x, a multiple of every block of rows or columns
 MAX_BOUNDED_LOGIT = 40.0  # in nats: E, R and 1/R stay normal in float32
@@ -80,7 +80,8 @@ class Route:
     dtype, kept_dtype: of x and of the kept E. upcast: Triton's interpreter cannot multiply
     bfloat16. descriptors: tiles are loaded by tensor descriptors. resident: the row block of x
     stays on chip, and the backward goes by rows. stored: the forward keeps E. chunk_rows: of E at
-    a time, where it is made again. groups, group_size: of the columns in the forward.
+    a time, where it is made again. groups, group_size: of the columns in the forward. distances:
+    of the blocks whose tiles serve rows and columns, 0 where the forward goes by rows.
     """
 
     batch_pad: int
@@ -97,6 +98,7 @@ class Route:
     chunk_rows: int
     groups: int
     group_size: int
+    distances: int
     forward: Tiles
     backward: Tiles
 
@@ -104,6 +106,11 @@ class Route:
         """Of `forward_kernel`: constants and launch options."""
         block_k = self.dim_pad if self.resident else min(self.dim_pad, self.forward.block_k)
         return self._options(self.forward) | {"BLOCK_K": block_k, "LABELS": self.labels}
+
+    def triangle_options(self) -> dict[str, Any]:
+        """Of `triangle_kernel`."""
+        options = self._options(self.forward)
+        return {name: value for name, value in options.items() if name != "ONLINE"}
 
     def backward_options(self) -> dict[str, Any]:
         """Of `backward_kernel` where resident, else of `product_kernel`."""
@@ -135,10 +142,13 @@ def route(
     kind = "online" if online else "labels" if labels else "plain"
     dim_pad = max(16, _power_of_two(dim)) if dim <= 128 else _up(dim, 128)
     forward, backward = _tiles(architecture, wide, resident, kind, dim_pad)
-    batch_pad = _up(batch, PAD)
     kept_dtype = torch.bfloat16 if operand == torch.bfloat16 and not online else torch.float32
-    row_bytes = batch_pad * kept_dtype.itemsize
+    distances = 0
+    if resident and kind == "plain":
+        forward, distances = _folded(batch, dim, forward, wide)
     groups, group_size = _groups(batch, forward.block_m)
+    batch_pad = _up(batch, max(PAD, forward.block_m))
+    row_bytes = batch_pad * kept_dtype.itemsize
     return Route(
         batch_pad=batch_pad,
         dim_pad=dim_pad,
@@ -154,6 +164,7 @@ def route(
         chunk_rows=max(PAD, CHUNK_BYTES // row_bytes // PAD * PAD),
         groups=groups,
         group_size=group_size,
+        distances=distances,
         forward=forward,
         backward=backward,
     )
@@ -192,6 +203,33 @@ def _family(architecture: str) -> str:
         return "gfx942"
     number = int(architecture.removeprefix("sm_"))
     return "sm_80" if number < 90 or number >= 120 else "sm_90" if number < 100 else "sm_100"
+
+
+def with_forward(way: Route, batch: int, dim: int, tiles: Tiles) -> Route | None:
+    """The same path with other tiles in its forward; None where its workspace would not fit."""
+    groups, group_size = _groups(batch, tiles.block_m)
+    distances = _distances(batch, dim, tiles) if way.distances else 0
+    if bool(distances) != bool(way.distances):
+        return None
+    return replace(
+        way, forward=tiles, groups=groups, group_size=group_size, distances=distances
+    )  # fmt: skip
+
+
+def _folded(batch: int, dim: int, tiles: Tiles, wide: bool) -> tuple[Tiles, int]:
+    """Tiles of a forward over the triangle, and its distances; tall ones where they must be few."""
+    tall = replace(tiles, block_m=2 * tiles.block_m, block_n=tiles.block_n // 2)
+    for one in (tiles,) if wide else (tiles, tall):
+        if distances := _distances(batch, dim, one):
+            return one, distances
+    return tiles, 0
+
+
+def _distances(batch: int, dim: int, tiles: Tiles) -> int:
+    """Half of the full blocks, without the block itself; 0 where the workspace would be more than
+    the gradient of x: B floats for each distance and each group."""
+    distances = max(batch // tiles.block_m - 1, 0) // 2
+    return distances if distances + _groups(batch, tiles.block_m)[0] <= dim else 0
 
 
 def _groups(batch: int, block_m: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@
     prologue ─▶ forward ─▶ finalise ─▶ loss      rows:   backward ────────────┐
        x     R, positives     a, c               stored: product, from kept E ┴▶ project ─▶ gradient
 
+forward: over the upper triangle of E where positives are class sums, x_i stays on chip and the
+workspace is no more than O(B·D); else by rows.
 rows: x_i and the gradient of a row block stay on chip and E is computed again: D up to 256.
 stored: for B up to 2 D the forward keeps E, B² elements and so O(B·D) of them. Else, where D is too
 large for rows, the backward makes E again, some rows at a time. Five launches, B up to 2 D.
@@ -20,7 +22,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scpl_compile.kernels import triton_kernels, triton_rows
+from scpl_compile.kernels import triton_kernels, triton_rows, triton_triangle
+from scpl_compile.kernels.autotune import Tuner
 from scpl_compile.kernels.operators import differentiable
 from scpl_compile.kernels.positives import positives_of
 from scpl_compile.kernels.routes import Route, route
@@ -28,6 +31,7 @@ from scpl_compile.kernels.routes import Route, route
 __all__ = ["supcon_triton"]
 
 BITS = math.log2(math.e)
+TUNE = Tuner()
 
 
 def forward(
@@ -47,15 +51,11 @@ def forward(
     labels = labels.long().contiguous()
     with torch.cuda.device_of(features):
         _prologue(features, x, temperature, normalize)
-        rows = a.new_empty(way.groups, batch)
-        dots, counts = torch.empty_like(rows), torch.empty_like(rows)
-        if not way.labels:
-            dots, counts = _positives(x[:batch], labels)
-        _run_forward(
-            way, x, labels, (rows, dots, counts), kept if kept.numel() else None, 0, batch
-        )  # fmt: skip
+        stored = kept if kept.numel() else None
+        way = TUNE(way, "forward", features, lambda one: _sums(one, x, labels, stored))
+        rows, dots, counts = _sums(way, x, labels, stored)
         triton_rows.finalise_kernel[(1,)](
-            rows, dots, counts, loss, a, c, factor, batch, way.groups, len(dots),
+            rows, dots, counts, loss, a, c, factor, batch, len(rows), len(dots),
             KHOSLA=divisor == "khosla", MEAN=reduction == "mean", ONLINE=way.online,
             BLOCK=1024, num_warps=8,
         )  # fmt: skip
@@ -113,10 +113,14 @@ def backward(
         weight = torch.ones_like(c)
     grad = x.new_empty(x.shape, dtype=torch.float32)
     with torch.cuda.device_of(features):
-        if way.resident:
-            _backward_rows(way, x, labels, a, c, weight, grad, reduction)
-        else:
-            _backward_stored(way, x, labels, a, c, weight, grad, kept)
+
+        def run(one: Route) -> None:
+            if one.resident:
+                _backward_rows(one, x, labels, a, c, weight, grad, reduction)
+            else:
+                _backward_stored(one, x, labels, a, c, weight, grad, kept)
+
+        run(TUNE(way, "backward", features, run))
         return _project(grad, features, factor, scale, temperature, normalize)
 
 
@@ -171,6 +175,34 @@ def _positives(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(1, B) each: x_i·(sum of x over the positives of i), and their number; by class sums."""
     x, positives = x.float(), positives_of(labels)
     return (x * positives.sums(x)).sum(1)[None], positives.counts(x.dtype)[None]
+
+
+def _sums(
+    way: Route, x: Tensor, labels: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """R (its logarithm when online), x_i·(sum of x over the positives of i), and their number; each
+    (number of parts, B), to be combined in their order."""
+    batch = len(labels)
+    if way.distances:
+        return _run_triangle(way, x, batch), *_positives(x[:batch], labels)
+    rows = x.new_empty(way.groups, batch, dtype=torch.float32)
+    if way.labels:
+        dots, counts = torch.empty_like(rows), torch.empty_like(rows)
+    else:
+        dots, counts = _positives(x[:batch], labels)
+    _run_forward(way, x, labels, (rows, dots, counts), kept, 0, batch)
+    return rows, dots, counts
+
+
+def _run_triangle(way: Route, x: Tensor, batch: int) -> Tensor:
+    """(1, B): R."""
+    parts = x.new_empty(way.groups + way.distances, batch, dtype=torch.float32)
+    grid = triton.cdiv(batch, way.forward.block_m), way.groups
+    triton_triangle.triangle_kernel[grid](
+        _descriptor(way, x, way.forward.block_n), x, parts, batch, way.groups, way.distances,
+        **way.triangle_options(),
+    )  # fmt: skip
+    return parts.sum(0, keepdim=True)  # in one program of `finalise_kernel` many would be slow
 
 
 def _run_forward(

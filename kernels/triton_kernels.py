@@ -30,11 +30,11 @@ Triton's interpreter, whose bfloat16 dot is wrong.
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "forward_kernel", "product_kernel"]
+__all__ = ["backward_kernel", "forward_kernel", "operand", "product_kernel", "tile_of"]
 
 
 @triton.jit
-def _operand(
+def operand(
     x_ptr, first, d0, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _operand(
 
 
 @triton.jit
-def _columns(
+def tile_of(
     columns, x_ptr, j0, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """x_j of a tile; by a tensor descriptor (TMA) where there is one: fewer instructions."""
@@ -56,7 +56,7 @@ def _columns(
         if UPCAST:
             x_j = x_j.to(tl.float32)
     else:
-        x_j = _operand(x_ptr, j0, 0, D_PAD, BLOCK_N, D_PAD, UPCAST)
+        x_j = operand(x_ptr, j0, 0, D_PAD, BLOCK_N, D_PAD, UPCAST)
     return x_j
 
 
@@ -67,13 +67,13 @@ def _similarity(
 ):  # fmt: skip
     """x_i·x_j of a tile; x_i is resident where BLOCK_K is all of D, and else not used."""
     if BLOCK_K == D_PAD:
-        x_j = _columns(columns, x_ptr, j0, D_PAD, BLOCK_N, UPCAST)
+        x_j = tile_of(columns, x_ptr, j0, D_PAD, BLOCK_N, UPCAST)
         s = tl.dot(x_i, tl.trans(x_j), input_precision=PRECISION)
     else:
         s = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for d0 in range(0, D_PAD, BLOCK_K):
-            left = _operand(x_ptr, i0, d0, D_PAD, BLOCK_M, BLOCK_K, UPCAST)
-            right = _operand(x_ptr, j0, d0, D_PAD, BLOCK_N, BLOCK_K, UPCAST)
+            left = operand(x_ptr, i0, d0, D_PAD, BLOCK_M, BLOCK_K, UPCAST)
+            right = operand(x_ptr, j0, d0, D_PAD, BLOCK_N, BLOCK_K, UPCAST)
             s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
     return s
 
@@ -135,7 +135,7 @@ def forward_kernel(
     lo = tl.program_id(1) * group_size
     hi = tl.minimum(lo + group_size, batch)
     i, n = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    x_i = _operand(x_ptr, i0, 0, D_PAD, BLOCK_M, BLOCK_K, UPCAST)
+    x_i = operand(x_ptr, i0, 0, D_PAD, BLOCK_M, BLOCK_K, UPCAST)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.full((BLOCK_M,) if ONLINE else (BLOCK_M, BLOCK_N), 0.0, tl.float32)
     dots = tl.full((BLOCK_M,), 0.0, tl.float32)
@@ -205,7 +205,7 @@ def backward_kernel(
     """
     i0 = tl.program_id(0) * BLOCK_M
     i, n = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    x_i = _operand(x_ptr, i0, 0, D_PAD, BLOCK_M, D_PAD, UPCAST)
+    x_i = operand(x_ptr, i0, 0, D_PAD, BLOCK_M, D_PAD, UPCAST)
     a_i = tl.load(a_ptr + i, i < batch, 0.0)
     g_i = tl.load(weight_ptr + i, i < batch, 0.0) if ONLINE else a_i
     c_i = tl.load(c_ptr + i, i < batch, 0.0) if LABELS else a_i
@@ -216,7 +216,7 @@ def backward_kernel(
     for tile in range(plain):
         j0 = _plain(tile, i0, 0, BLOCK_M, BLOCK_N)
         j = j0 + n
-        x_j = _columns(columns, x_ptr, j0, D_PAD, BLOCK_N, UPCAST)
+        x_j = tile_of(columns, x_ptr, j0, D_PAD, BLOCK_N, UPCAST)
         s = tl.dot(x_i, tl.trans(x_j), input_precision=PRECISION)
         a_j = tl.load(a_ptr + j)
         g_j = tl.load(weight_ptr + j) if ONLINE else a_j
@@ -228,7 +228,7 @@ def backward_kernel(
     for tile in range(own + ragged):
         j0 = tl.where(tile < own, i0 + tile * BLOCK_N, end)
         j = j0 + n
-        x_j = _operand(x_ptr, j0, 0, D_PAD, BLOCK_N, D_PAD, UPCAST)
+        x_j = operand(x_ptr, j0, 0, D_PAD, BLOCK_N, D_PAD, UPCAST)
         s = tl.dot(x_i, tl.trans(x_j), input_precision=PRECISION)
         valid = (i[:, None] != j[None, :]) & (j[None, :] < batch)
         s = tl.where(valid, s, float("-inf"))
@@ -262,7 +262,7 @@ def product_kernel(
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for j0 in range(0, batch, BLOCK_K):
         j = j0 + n
-        x_j = _operand(x_ptr, j0, d0, D_PAD, BLOCK_K, BLOCK_N, UPCAST)
+        x_j = operand(x_ptr, j0, d0, D_PAD, BLOCK_K, BLOCK_N, UPCAST)
         value = tl.load(kept_ptr + kept + j0).to(tl.float32)
         a_j = tl.load(a_ptr + j, j < batch, 0.0)
         g_j = tl.load(weight_ptr + j, j < batch, 0.0) if ONLINE else a_j

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,11 @@ def _plan(
         versions=versions(),
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
+    if plan.untrained:
+        say(
+            f"method {plan.method!r} leaves the model's own classifier untrained "
+            f"({', '.join(plan.untrained)}): evaluate with the program, not with the model"
+        )
     return _Planned(
         plan=plan, model=module, capture=coarse, stage_of=coarse_stage_of, output=cutting.output
     )
@@ -290,14 +295,18 @@ def evaluate_program(
     batch_size: int = 128,
     split: str = "test",
     devices: str = "auto",
+    exit_rule: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
+    exit_rule: samples leave early, as in `Trainer.evaluate`.
     The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
-        ProgramError: the program or its weights are missing or damaged.
+        ProgramError: the program or its weights are missing or damaged; with an exit_rule, those
+            of its exits.
+        MethodError: the exit_rule is none, or the method has one exit.
     """
     plan = read_plan(directory)
     path = weights or directory / run_dir / "final.safetensors"
@@ -311,7 +320,16 @@ def evaluate_program(
     names = split_devices(devices, plan.num_stages)
     with stages.build_trainer(devices=names, weights=path) as trainer:
         start = time.perf_counter()
-        found = trainer.evaluate(loader.evaluation(split))
+        missing = trainer.load_exits(path.parent)
+        is_needed = exit_rule is not None or "0D" in plan.inference
+        if missing is not None and is_needed:
+            raise ProgramError(
+                f"{missing} is missing, the weights of a head that inference needs: a run of "
+                "train.py writes it beside final.safetensors"
+            )
+        found = trainer.evaluate(loader.evaluation(split), exit_rule=exit_rule)
+        if missing is not None:  # only the model's own is trained
+            found = replace(found, accuracies=found.accuracies[-1:], losses=found.losses[-1:])
         seconds = time.perf_counter() - start
         how = {
             "schedule": trainer.schedule,

@@ -26,14 +26,25 @@ from torch import Tensor
 from scpl_compile.errors import ScplError
 from scpl_compile.kernels import supcon_loss
 
-__all__ = ["Row", "bench_kernels", "bench_offline", "candidates", "memory_note", "naive"]
+__all__ = [
+    "Row",
+    "bench_kernels",
+    "bench_offline",
+    "candidates",
+    "memory_note",
+    "naive",
+    "released",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 TEMPERATURE = 0.1
-BYTES = {"fused": 0, "eager": 34, "compiled": 28, "metric learning": 53}
+BYTES = {
+    "fused": 0, "eager": 34, "compiled": 28, "metric learning": 53, "released": 42, "inf-cl": 0,
+}  # fmt: skip
 """Of peak memory, for each element of the B x B matrix, measured on CPU in float32."""
-SAME = ("fused", "eager", "compiled")  # metric learning takes another mean
+SAME = ("fused", "eager", "compiled", "released")
+"""Of the same loss: metric learning takes another mean, inf-cl one positive for each anchor."""
 SIZES = ((256, 1024, 4096, 16384, 65536), (64, 128, 512, 2048))
 QUICK = ((256, 1024), (64, 128))
 LIMIT_S = 20.0
@@ -77,8 +88,27 @@ def naive(features: Tensor, labels: Tensor) -> Tensor:
     return -((logits - log_sum) * positives).sum(1).div(positives.sum(1) + 1).mean()
 
 
-def candidates(compiled: bool) -> dict[str, Loss]:
-    """The losses by name; torch.compile of the naive one, where asked, takes seconds a size."""
+def released(features: Tensor, labels: Tensor) -> Tensor:
+    """The loss of the released SCPL code (minyaho/scpl, model/loss_fn.py), with its operations: in
+    float32, masks of float32, the diagonal by scatter, and taken out after the exponential. A batch
+    of one gives NaN, where ours gives 0.
+    """
+    z = torch.nn.functional.normalize(features.float(), dim=1)
+    same = torch.eq(labels[:, None], labels[None, :]).float()
+    numbers = torch.arange(len(z), device=z.device)[:, None]
+    others = torch.scatter(torch.ones_like(same), 1, numbers, 0)
+    logits = torch.div(torch.matmul(z, z.T), TEMPERATURE)
+    logits = logits - torch.max(logits, dim=1, keepdim=True).values.detach()
+    log_sum = torch.log((torch.exp(logits) * others).sum(1, keepdim=True))
+    log_probability = (same * others * (logits - log_sum)).sum(1)
+    return -(log_probability / same.sum(1)).mean()
+
+
+def candidates(compiled: bool, device: str = "cpu") -> dict[str, Loss]:
+    """The losses by name; torch.compile of the naive one, where asked, takes seconds a size.
+
+    On "cuda" also the released formula and, where the package inf_cl is installed, its loss.
+    """
     found: dict[str, Loss] = {"fused": lambda f, y: supcon_loss(f, y, temperature=TEMPERATURE)}
     found["eager"] = naive
     if compiled:
@@ -86,7 +116,21 @@ def candidates(compiled: bool) -> dict[str, Loss]:
     if find_spec("pytorch_metric_learning"):
         losses = import_module("pytorch_metric_learning.losses")
         found["metric learning"] = losses.SupConLoss(temperature=TEMPERATURE)
+    if device == "cuda":
+        found["released"] = released
+        if find_spec("inf_cl"):
+            found["inf-cl"] = _inf_cl(import_module("inf_cl").cal_inf_loss)
     return found
+
+
+def _inf_cl(cal_inf_loss: Callable[..., Tensor]) -> Loss:
+    """InfoNCE of the batch with itself: the same products, and one positive for each anchor."""
+
+    def loss(features: Tensor, _: Tensor) -> Tensor:
+        z = torch.nn.functional.normalize(features.float(), dim=1)
+        return cal_inf_loss(z, z, scale=z.new_tensor(1 / TEMPERATURE), head_dim=min(256, z.size(1)))
+
+    return loss
 
 
 def bench_kernels(out: Path, quick: bool) -> list[Row]:
@@ -94,7 +138,7 @@ def bench_kernels(out: Path, quick: bool) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     batches, dims = QUICK if quick else SIZES
-    losses = candidates(compiled=not quick)
+    losses = candidates(compiled=not quick, device=device)
     rates = {dtype: _flops_per_second(device, dtype) for dtype in dtypes}
     rows = [
         _measure(name, loss, batch, dim, dtype, device, rates[dtype])

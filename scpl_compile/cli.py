@@ -190,6 +190,8 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
 @click.option("--split", default="test", show_default=True,
               type=click.Choice(["train", "validation", "test"]))  # fmt: skip
 @click.option("--devices", default="auto", show_default=True, metavar="D,…")
+@click.option("--exit", "exit_rule", metavar="RULE",
+              help="Samples leave early: confidence:0.9 or agreement:2.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_telling_errors
 def evaluate(as_json: bool, **options: Any) -> None:
@@ -202,6 +204,12 @@ def evaluate(as_json: bool, **options: Any) -> None:
         f"({options['data']}, {options['split']})",
         err=True,
     )
+    if "compute" in result:
+        shares = ", ".join(f"{100 * share:.0f} %" for share in result["exit_shares"])
+        click.echo(
+            f"{100 * result['compute']:.0f} % of the model's compute; left by exit: {shares}",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(result))
 

@@ -14,20 +14,20 @@ import builtins
 import hashlib
 import json
 import operator
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeVar
 
-from scpl_compile.errors import ProgramError, context
+from scpl_compile.errors import ProgramError
+from scpl_compile.json_form import from_json, to_json
 
 __all__ = [
     "Crossing",
     "Cut",
     "InputSpec",
     "LocalLoss",
+    "LossSource",
     "ModelSource",
     "NodeCost",
     "Plan",
@@ -43,12 +43,12 @@ __all__ = [
 Scalar = bool | int | float | str
 """What an option may be: JSON's scalars."""
 
+T = TypeVar("T")
+
 _DTYPE_NBYTES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "complex64": 8, "complex128": 16,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-
-T = TypeVar("T")
 
 
 def dtype_nbytes(dtype: str) -> int:
@@ -196,15 +196,26 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossSource:
+    """The user's own loss: the class `name` of the Python file `path`, with this content."""
+
+    path: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalLoss:
     """One loss of one stage.
 
     name: its attribute in the emitted stage and its key among the stage's losses.
-    kind: "local" (a head of its own: contrastive term, local classifier, or both) or
-    "cross_entropy" (of the model's own logits).
+    kind: "cross_entropy" (of the model's own logits), or a head of its own, a module: "local"
+    (contrastive term, local classifier, or both), "predsim", "al", or "own" (that of `source`).
     reads: the tensors it reads, by the names in the stage's forward; `mask`: a padding mask or "".
     in_shapes, batch_dims: of what it reads, the batch left out of the shapes.
-    options: the other arguments of the head and the loss (runtime/losses.py).
+    options: the other arguments of that module.
+    code, gives: the name of a code of the labels that it takes from the stage before, and of the
+    one that it makes for the next stage ("": none).
     num_parameters: elements of the head; flops: of head and loss, forward, per step.
     """
 
@@ -217,6 +228,14 @@ class LocalLoss:
     options: Mapping[str, Scalar] = field(default_factory=dict)
     num_parameters: int = 0
     flops: int = 0
+    source: LossSource | None = None
+    code: str = ""
+    gives: str = ""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it is a module with a head of its own."""
+        return self.kind != "cross_entropy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +258,11 @@ class Stage:
     num_parameters: int
     cost_us: float
 
+    @property
+    def receives(self) -> tuple[str, ...]:
+        """What its training step takes: the inputs of its forward, and codes for its losses."""
+        return (*self.inputs, *(loss.code for loss in self.losses if loss.code))
+
 
 def first_and_last(stage: Stage) -> tuple[str, str]:
     """The first and the last module; where there is none, function."""
@@ -258,8 +282,9 @@ class Plan:
     """Everything that was decided about a program; plan.json is a Plan.
 
     edges: (from stage, to stage) pairs. placement: device of each stage. inference: the steps of
-    evaluation in order ("0F", "1F", "1X": forward of a stage, exit of a stage). untrained: the
-    parameters that the method leaves alone. opaque: (module, why it was not opened).
+    evaluation in order ("0F", "1F", "1X", "1B", "1D": forward of a stage, its exit, its bridge to a
+    code of the labels, its decoder of such a code). untrained: the parameters that the method
+    leaves alone. opaque: (module, why it was not opened).
     lower_bound_us: no partition of the model's leaf modules has a smaller bottleneck.
     """
 
@@ -296,6 +321,11 @@ class Plan:
         if len(self.placement) != len(self.stages):
             raise ProgramError(f"{len(self.stages)} stages are placed on {len(self.placement)}")
 
+    def sent(self, stage: int) -> tuple[str, ...]:
+        """Names of what `stage` sends to the next one."""
+        cuts = self.cuts[stage : stage + 1]  # none after the last stage
+        return tuple(crossing.name for cut in cuts for crossing in cut.crossings)
+
     @property
     def num_stages(self) -> int:
         """K."""
@@ -306,78 +336,3 @@ class Plan:
         """sha256 of the canonical JSON, hexadecimal."""
         canonical = json.dumps(to_json(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def to_json(value: Any) -> Any:
-    """`value` as what json.dumps takes: dataclasses become objects, tuples become arrays."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [to_json(item) for item in value]
-    return value
-
-
-def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """The value of dataclass `cls` that `to_json` wrote as `data`.
-
-    Raises:
-        ProgramError: a field is missing, unknown or of another type; the message has its path.
-    """
-    if not isinstance(data, Mapping):
-        raise ProgramError(f"{where or cls.__name__} must be an object, not {_brief(data)}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - known):
-        raise ProgramError(f"{where or cls.__name__} has the unknown field {unknown[0]!r}")
-    if missing := sorted(known - set(data)):
-        raise ProgramError(f"{where or cls.__name__} lacks the field {missing[0]!r}")
-    values = {key: _read(hints[key], data[key], f"{where}.{key}".lstrip(".")) for key in data}
-    with context(where or cls.__name__):
-        return cls(**values)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"
-
-
-def _read(hint: Any, data: Any, where: str) -> Any:
-    if hint is Any:
-        return data
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _read_union(args, data, where)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise ProgramError(f"{where} must be an array, not {_brief(data)}")
-        item_hints = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
-        if len(item_hints) != len(data):
-            raise ProgramError(f"{where} must have {len(item_hints)} items, not {len(data)}")
-        pairs = enumerate(zip(item_hints, data, strict=True))
-        return tuple(_read(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in pairs)
-    if origin is Mapping:
-        if not isinstance(data, Mapping):
-            raise ProgramError(f"{where} must be an object, not {_brief(data)}")
-        return {key: _read(args[1], item, f"{where}.{key}") for key, item in data.items()}
-    if is_dataclass(hint):
-        return from_json(typing.cast(type[Any], hint), data, where)
-    if hint is float and type(data) is int and abs(data) <= 2**53:
-        return float(data)
-    if type(data) is not hint:
-        raise ProgramError(f"{where} must be {hint.__name__}, not {_brief(data)}")
-    return data
-
-
-def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
-    """`X | None`, or a union of JSON's scalars."""
-    others = [arg for arg in args if arg is not type(None)]
-    if data is None and len(others) < len(args):
-        return None
-    if len(others) == 1:
-        return _read(others[0], data, where)
-    if type(data) not in others:
-        names = " or ".join(arg.__name__ for arg in args)
-        raise ProgramError(f"{where} must be {names}, not {_brief(data)}")
-    return data

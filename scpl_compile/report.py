@@ -96,8 +96,11 @@ def _table(plan: Plan) -> Table:
 
 
 def _head_text(loss: LocalLoss) -> str:
-    if loss.kind != "local":
+    if not loss.has_head:
         return "the model's own"
+    if loss.kind != "local":
+        name = loss.source.name if loss.source else loss.kind
+        return f"{name} ({count_text(loss.num_parameters)})"
     head, pooling = loss.options.get("head", "linear"), loss.options.get("pooling", "")
     return f"{head} {pooling}".strip() + f" ({count_text(loss.num_parameters)})"
 

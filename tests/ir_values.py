@@ -10,6 +10,7 @@ from scpl_compile.ir import (
     Cut,
     InputSpec,
     LocalLoss,
+    LossSource,
     ModelSource,
     NodeCost,
     Plan,
@@ -65,9 +66,11 @@ crossings = st.builds(
     Crossing, name=words, meta=metas(), producer=st.integers(-1, 9), consumers=few(sizes),
     alias=st.sampled_from(("", "parameter", "buffer", "input")),
 )  # fmt: skip
+loss_sources = st.builds(LossSource, path=words, name=words, sha256=words)
 losses = st.builds(
     LocalLoss, name=words, kind=words, reads=few(words), mask=words, in_shapes=few(shapes),
     batch_dims=few(sizes), options=mappings, num_parameters=sizes, flops=sizes,
+    source=st.none() | loss_sources,
 )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def a_plan() -> Plan:
     loss = LocalLoss(
         name="local_loss", kind="local", reads=("h",), mask="mask", in_shapes=((3,),),
         batch_dims=(0,), options={"head": "mlp", "hidden": 64, "norm": True, "scale": 0.5},
-        num_parameters=10, flops=20,
+        num_parameters=10, flops=20, source=LossSource(path="/own.py", name="Own", sha256="0f"),
     )  # fmt: skip
     first = Stage(
         index=0, nodes=("a", "b"), parameters=("a.weight",), buffers=("b.mean",), inputs=("x",),

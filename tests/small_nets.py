@@ -7,6 +7,7 @@ batch norm, dropout of every kind, a non-persistent buffer, and a frozen stem.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def transformer_without_dropout() -> nn.Module:
             module.dropout = 0.0
     return model
 
+
+OWN_METHOD = f"{Path(__file__).with_name('own_method.py')}:Cosine"
+DECOUPLED: dict[str, dict[str, Any]] = {
+    "scpl": {},
+    "scpl paper": {"preset": "paper"},
+    "early_exit": {"method": "early_exit"},
+    "early_exit paper": {"method": "early_exit", "preset": "paper"},
+    "al": {"method": "al"},
+    "predsim": {"method": "predsim"},
+    "deinforeg": {"method": "deinforeg"},
+    "dascpl": {"method": "dascpl"},
+    "own": {"method": OWN_METHOD},
+}
+"""The methods that stop gradients at the cuts, as options of `compiled`."""
 
 _TEXT = "ids:int64:6<50,mask:int64:6<2"
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "scpl_compile"
 
 ORDER = (
-    "errors", "version", "ir", "actions", "kernels", "runtime", "inputs", "sources", "capture",
+    "errors", "version", "json_form", "ir", "actions", "kernels", "runtime", "inputs", "sources",
+    "capture",
     "cost", "partition", "methods", "cutting", "emit", "verify", "simulate", "report", "demo_net",
     "api", "demo", "bench", "train_command", "cli",
 )  # fmt: skip
@@ -26,7 +27,7 @@ ORDER = (
 LAZY = {"torchvision", "timm", "transformers", "sklearn", "rich", "tensorboard", "PIL"}
 """Optional or slow packages, which a function may import."""
 
-TORCH_FREE = ("errors", "version", "ir", "actions")
+TORCH_FREE = ("errors", "version", "json_form", "ir", "actions")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 400
 
 

@@ -18,6 +18,7 @@ from scpl_compile.ir import (
     Cut,
     InputSpec,
     LocalLoss,
+    LossSource,
     ModelSource,
     NodeCost,
     Plan,
@@ -205,7 +206,9 @@ def test_a_missing_or_unknown_field_is_named_with_its_object(path: tuple[str | i
 
 def test_every_object_of_a_plan_was_tried() -> None:
     tried = {type(from_json_at(path)) for path in OBJECTS}
-    assert tried == {Plan, Stage, LocalLoss, Cut, Crossing, TensorMeta, InputSpec, ModelSource}
+    assert tried == {
+        Plan, Stage, LocalLoss, LossSource, Cut, Crossing, TensorMeta, InputSpec, ModelSource,
+    }  # fmt: skip
 
 
 def from_json_at(path: tuple[str | int, ...]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OWN_METHOD = ROOT / "tests" / "own_method.py"
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -36,6 +37,7 @@ def test_every_command_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(net_file, "my_model.py")
+    shutil.copy(OWN_METHOD, "my_method.py")
     seen = set()
     for program, *arguments in commands():
         name = arguments[0] if program == "scpl" else "train.py"
@@ -58,8 +60,13 @@ def test_every_command_runs(
     assert seen == {"compile", "plan", "evaluate", "train", "train.py"}
 
 
+def test_the_method_of_ones_own_is_the_one_that_the_suites_run() -> None:
+    assert OWN_METHOD.read_text("utf-8") in blocks("python")
+    assert len(OWN_METHOD.read_text("utf-8").splitlines()) < 60
+
+
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     example = tmp_path / "example.py"
-    example.write_text(blocks("python")[0])
+    example.write_text(next(block for block in blocks("python") if "resnet18(" in block))
     runpy.run_path(str(example))
     assert "classifier" in capsys.readouterr().out

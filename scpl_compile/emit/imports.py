@@ -16,8 +16,8 @@ __all__ = ["RUNTIME", "Imports"]
 RUNTIME = "scpl_compile.runtime"
 
 _OF_RUNTIME = (
-    "LocalLoss", "Part", "StopGradient", "Trainer", "assemble", "cross_entropy", "cut",
-    "load_callable", "take",
+    "Association", "LocalLoss", "Part", "PredSim", "StopGradient", "Trainer", "assemble",
+    "cross_entropy", "cut", "load_callable", "take",
 )  # fmt: skip
 _OF_FILE = ("F", "HERE", "STAGES", "build_model", "build_trainer", "operator", "torch")
 

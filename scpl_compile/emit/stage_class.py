@@ -22,6 +22,7 @@ from scpl_compile.errors import EmitError
 from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage, first_and_last
 from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
+from scpl_compile.runtime.objectives import loss_class
 
 __all__ = ["StageWriter", "stage_title"]
 
@@ -96,9 +97,9 @@ class StageWriter:
             paths = [self._constant(path) for path in self._paths]
             lines += call_lines(self._runtime("take"), ["self", "model", *paths], 8)
         for loss in self._stage.losses:
-            if loss.kind == "local":
+            if loss.has_head:
                 self._check_free(loss.name)
-                made = f"self.{loss.name} = {self._runtime('LocalLoss')}"
+                made = f"self.{loss.name} = {self._loss_class(loss)}"
                 lines += call_lines(made, self._loss_arguments(loss), 8)
         if self._stop_at:
             self._check_free("stop")
@@ -111,6 +112,12 @@ class StageWriter:
                 f"the model's {name!r} has the name of an attribute that stages have; "
                 "rename it in the model"
             )
+
+    def _loss_class(self, loss: LocalLoss) -> str:
+        if loss.source is None:
+            return self._runtime(loss_class(loss).__name__)
+        where = (loss.source.path, loss.source.name, loss.source.sha256)
+        return f"{self._runtime('load_callable')}({', '.join(map(self._constant, where))})"
 
     def _loss_arguments(self, loss: LocalLoss) -> list[Argument]:
         arguments: dict[str, object] = {
@@ -211,6 +218,7 @@ class StageWriter:
         result = "tuple[tuple[Tensor, ...], dict[str, Tensor]]"
         parameters = self._parameters()
         star = ["*"] if parameters else []
+        parameters += [f"{code}: Tensor" for code in self._stage.receives[len(parameters) :]]
         lines = signature_lines("training_step", [*parameters, *star, "labels: Tensor"], result)
         inputs, outputs = self._variables(self._stage.inputs), self._variables(self._stage.outputs)
         *before, last = tuple_lines("", outputs, " = self", 8)
@@ -228,7 +236,7 @@ class StageWriter:
         return self._plan.cuts[self._stage.index].crossings
 
     def _sent(self, crossing: Crossing) -> str:
-        variable = self._names[crossing.name]
+        variable = self._names.get(crossing.name, crossing.name)  # a code is no node of the graph
         if not self._plan.cuts[self._stage.index].detach:
             return variable
         is_first = max(crossing.producer, 0) == self._stage.index
@@ -240,10 +248,12 @@ class StageWriter:
         parts: list[str] = []
         for loss in self._stage.losses:
             reads = self._variables(loss.reads)
-            if loss.kind == "local":
+            if loss.has_head:
                 mask = [f"mask={self._names[loss.mask]}"] if loss.mask else []
-                arguments = [*reads, "labels=labels", *mask]
-                lines += call_lines(f"losses = self.{loss.name}", arguments, 8)
+                code = [f"code={loss.code}"] if loss.code else []
+                arguments = [*reads, "labels=labels", *code, *mask]
+                found = f"losses, {loss.gives or '_'}" if loss.kind == "al" else "losses"
+                lines += call_lines(f"{found} = self.{loss.name}", arguments, 8)
             else:
                 parts.append(f'"{loss.name}": {self._runtime("cross_entropy")}({reads[0]}, labels)')
         if not self._stage.losses:
@@ -253,7 +263,7 @@ class StageWriter:
         return lines
 
     def _exit(self) -> list[str]:
-        loss = next(loss for loss in self._stage.losses if loss.kind == "local")
+        loss = next(loss for loss in self._stage.losses if loss.has_head)
         reads = self._variables(loss.reads)
         masks = [self._names[loss.mask]] if loss.mask else []
         parameters = [f"{name}: Tensor" for name in [*reads, *masks]]

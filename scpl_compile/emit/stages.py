@@ -61,9 +61,11 @@ def _docstring(plan: Plan) -> list[str]:
         rows.append(f"    stage {s.index}   {stage_title(s, 80 - len(facts))}: {facts}")
     flow = {
         "bp": "Values and gradients pass from stage to stage (plain backpropagation).",
+        "al": "Values and codes of the labels pass from stage to stage; no gradient does (`cut`).",
     }.get(plan.method, "A value passes from stage to stage; its gradient does not (`cut`).")
     title = f"The stages of {plain(plan.model, 60)}, method {plan.method}."
-    return [f'"""{title}', "", *rows, "", flow, '"""']
+    left = [f"Untrained: {plain(', '.join(plan.untrained), 80)}."] if plan.untrained else []
+    return [f'"""{title}', "", *rows, "", flow, *left, '"""']
 
 
 def _build_trainer(imports: Imports) -> list[str]:

@@ -1,22 +1,53 @@
-"""The methods by name, and the presets of their options."""
+"""The methods by name, and the presets of their options.
+
+One of the user's own is a subclass of `Method` in a Python file: `--method file.py:Class`.
+"""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
-from scpl_compile.methods.base import Method
-from scpl_compile.methods.bp import Backpropagation
-from scpl_compile.methods.early_exit import EarlyExit, check_options
+from scpl_compile.methods.al import AssociatedLearning
+from scpl_compile.methods.base import Method, StageView, cross_entropy_loss, local_loss
+from scpl_compile.methods.bp import BP_SCHEDULES, Backpropagation
+from scpl_compile.methods.dascpl import Dascpl
+from scpl_compile.methods.deinforeg import DeInfoReg
+from scpl_compile.methods.early_exit import EarlyExit
+from scpl_compile.methods.modules import module_loss
+from scpl_compile.methods.predsim import PredSim
 from scpl_compile.methods.scpl import Scpl
-from scpl_compile.runtime.loss_options import PAPER, LossOptions
+from scpl_compile.runtime.loading import load_callable
+from scpl_compile.runtime.loss_options import LossOptions
 
-__all__ = ["BP_SCHEDULES", "LAST", "METHODS", "PRESETS", "make_method"]
+__all__ = [
+    "BP_SCHEDULES",
+    "METHODS",
+    "PRESETS",
+    "LossOptions",
+    "Method",
+    "StageView",
+    "cross_entropy_loss",
+    "local_loss",
+    "make_method",
+    "module_loss",
+]
 
-METHODS = ("scpl", "bp", "early_exit")
-BP_SCHEDULES = ("gpipe", "1f1b", "zb", "ddp")
-"""Schedules of backpropagation that may stand for a method, as `--method gpipe`."""
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {
+        cls.name: cls
+        for cls in (
+            Scpl,
+            Backpropagation,
+            EarlyExit,
+            AssociatedLearning,
+            PredSim,
+            DeInfoReg,
+            Dascpl,
+        )
+    }
+)  # fmt: skip
 PRESETS = ("default", "paper")
-LAST = ("through", "released")
 
 
 def make_method(
@@ -28,34 +59,37 @@ def make_method(
 ) -> Method:
     """The method `name` with the options of `preset`, overridden by `options`.
 
-    The name of one of BP_SCHEDULES is bp with that schedule.
-
-    preset "paper" is the released algorithm (paper.md section 1). options: those of LossOptions,
-    and `last` ("through" or "released").
+    name: a key of METHODS; one of BP_SCHEDULES, bp with that schedule; or file.py:Class, the
+    user's own. preset "paper" is the released algorithm (paper.md sections 1, 2 and 5). options:
+    see the method's class.
 
     Raises:
         MethodError: an unknown name, preset or option, or one that the method has no use for.
+        SourceError: the user's own file is missing, or fails.
     """
-    if name not in (*METHODS, *BP_SCHEDULES):
-        known = ", ".join((*METHODS, *BP_SCHEDULES))
-        raise MethodError(f"method {name!r} is not one of {known}")
     if preset not in PRESETS:
         raise MethodError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    chosen: dict[str, Scalar] = {"last": "through"}
-    if preset == "paper":
-        chosen = {"last": "released", **PAPER["text" if is_text else "vision"]}
-    chosen.update(options or {})
-    last = str(chosen.pop("last"))
-    if last not in LAST:
-        raise MethodError(f"option last is {last!r}; it must be one of {', '.join(LAST)}")
-    if name == "bp" or name in BP_SCHEDULES:
-        if options:
-            raise MethodError(
-                f"method {name!r} has no local loss, so no option {next(iter(options))!r}; methods "
-                "scpl and early_exit have"
-            )
+    if name in BP_SCHEDULES:
+        Backpropagation.make(options or {})
         return Backpropagation(name)
-    loss_options = LossOptions.from_options(chosen)
-    if name == "early_exit":
-        check_options(options or {})
-    return Scpl(loss_options, last) if name == "scpl" else EarlyExit(loss_options, last)
+    found = _own(name) if ":" in name else METHODS.get(name)
+    if found is None:
+        known = ", ".join((*METHODS, *BP_SCHEDULES))
+        raise MethodError(f"method {name!r} is not one of {known}, or file.py:Class of your own")
+    return found.make(options or {}, preset=preset, is_text=is_text)
+
+
+def _own(spec: str) -> type[Method]:
+    """The user's class."""
+    path, _, name = spec.rpartition(":")
+    found = load_callable(path, name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise MethodError(
+            f"{spec} is no subclass of scpl_compile.methods.Method, which has losses(view)"
+        )
+    own = getattr(found, "name", "")
+    if not own.isidentifier() or own in METHODS:
+        raise MethodError(
+            f"{spec} has the name {own!r}; give the class a `name` of its own, an identifier"
+        )
+    return found

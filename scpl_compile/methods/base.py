@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
@@ -20,6 +20,7 @@ __all__ = [
     "StageView",
     "Value",
     "cross_entropy_loss",
+    "features_of",
     "last_losses",
     "local_loss",
 ]
@@ -47,8 +48,8 @@ class StageView:
 
     sends: the gradient-carrying tensors that the stage computes and the next stages read.
     mask: the model's padding mask, if it has one.
-    feature, logits: of the last stage: what the model's own classifier reads (None where that is
-    not one tensor computed in the stage), and the model's output; "" elsewhere.
+    feature, output: of the last stage: what the model's own classifier reads (None where that is
+    not one tensor computed in the stage), and the model's logits; None elsewhere.
     """
 
     index: int
@@ -56,19 +57,40 @@ class StageView:
     sends: tuple[Value, ...]
     mask: Mask | None
     feature: Value | None
-    logits: str
+    output: Value | None
     num_classes: int
 
 
 class Method(ABC):
     """One way to train a cut model. Subclasses: one file each beside this one.
 
-    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one.
+    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
+    those that `make` takes. leaves_classifier: the model's own classifier is not trained.
     """
 
     name: ClassVar[str]
     detach: ClassVar[bool] = True
     schedule: str = "stream"
+    presets: ClassVar[tuple[str, ...]] = ("default",)
+    leaves_classifier: ClassVar[bool] = False
+
+    @classmethod
+    def make(
+        cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
+    ) -> Self:
+        """The method with these options, which are the arguments of its constructor.
+
+        Raises:
+            MethodError: there is no such option, or it has a wrong value; the preset "paper" of a
+                method that has none.
+        """
+        if preset not in cls.presets:
+            raise MethodError(f"method {cls.name!r} has no preset {preset!r}")
+        try:
+            return cls(**options)
+        except TypeError as error:
+            text = str(error).replace(f"{cls.__qualname__}.__init__() ", "")
+            raise MethodError(f"method {cls.name!r}: {text}") from error
 
     @abstractmethod
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
@@ -87,7 +109,7 @@ def _layout(meta: TensorMeta) -> str:
     return "nhwc" if first == second != third else "auto"
 
 
-def _features(values: tuple[Value, ...]) -> tuple[Shapes, tuple[int, ...], str]:
+def features_of(values: tuple[Value, ...]) -> tuple[Shapes, tuple[int, ...], str]:
     """(shapes without batch, batch dimensions, layout) of what a local loss reads."""
     shapes, batch_dims = [], []
     for value in values:
@@ -109,7 +131,7 @@ def local_loss(values: tuple[Value, ...], view: StageView, options: LossOptions)
     Raises:
         MethodError: the options do not fit the shapes.
     """
-    shapes, batch_dims, layout = _features(values)
+    shapes, batch_dims, layout = features_of(values)
     if options.layout == "auto" and layout != "auto":
         options = replace(options, layout=layout)
     batch_size = values[0].meta.shape[batch_dims[0]]
@@ -150,4 +172,6 @@ def last_losses(view: StageView, options: LossOptions, last: str) -> tuple[Local
 def cross_entropy_loss(view: StageView, *, stop_at: str = "") -> LocalLoss:
     """Cross entropy of the model's own logits; the gradient stops at `stop_at` ("": nowhere)."""
     options: Mapping[str, Scalar] = {"stop_at": stop_at} if stop_at else {}
-    return LocalLoss(name="classifier", kind="cross_entropy", reads=(view.logits,), options=options)
+    assert view.output is not None, "only the last stage has the model's logits"
+    reads = (view.output.name,)
+    return LocalLoss(name="classifier", kind="cross_entropy", reads=reads, options=options)

@@ -1,9 +1,16 @@
 """Plain backpropagation over the stages: what SCPL is compared with."""
 
-from scpl_compile.ir import LocalLoss
+from collections.abc import Mapping
+from typing import Self
+
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView, cross_entropy_loss
 
-__all__ = ["Backpropagation"]
+__all__ = ["BP_SCHEDULES", "Backpropagation"]
+
+BP_SCHEDULES = ("gpipe", "1f1b", "zb", "ddp")
+"""Schedules of backpropagation that may stand for the method, as `--method gpipe`."""
 
 
 class Backpropagation(Method):
@@ -17,6 +24,18 @@ class Backpropagation(Method):
 
     def __init__(self, schedule: str = "bp") -> None:
         self.schedule = schedule
+
+    @classmethod
+    def make(
+        cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
+    ) -> Self:
+        """Without options; every preset is the same."""
+        if options:
+            raise MethodError(
+                f"method {cls.name!r} has no local loss, so no option {next(iter(options))!r}; "
+                "methods scpl and early_exit have"
+            )
+        return cls()
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """Cross entropy in the last stage."""

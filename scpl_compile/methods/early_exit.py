@@ -6,20 +6,40 @@ own on its output, and inference gives the logits of all of them.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Self
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import LocalLoss, Scalar
-from scpl_compile.methods.base import Method, StageView, last_losses, local_loss
+from scpl_compile.ir import Scalar
+from scpl_compile.methods.local import LocalMethod
 from scpl_compile.runtime.loss_options import LossOptions
 
-__all__ = ["EarlyExit", "check_options"]
+__all__ = ["EarlyExit"]
+
+_OF_CONTRAST = (
+    "contrast", "temperature", "divisor", "impl", "out", "objective", "detach_classifier",
+)  # fmt: skip
 
 
-_OF_CONTRAST = ("contrast", "temperature", "divisor", "impl", "out")
+class EarlyExit(LocalMethod):
+    """Local cross entropy; one output per stage."""
+
+    name = "early_exit"
+    exits = True
+
+    def __init__(self, options: LossOptions, last: str = "through") -> None:
+        weight = options.cross_entropy or 1.0
+        super().__init__(replace(options, contrast=0.0, cross_entropy=weight), last)
+
+    @classmethod
+    def make(
+        cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
+    ) -> Self:
+        """As LocalMethod; an option that would have no effect is refused."""
+        _check(options)
+        return super().make(options, preset=preset, is_text=is_text)
 
 
-def check_options(options: Mapping[str, Scalar]) -> None:
-    """Raises MethodError for an option, as the user gave it, that would have no effect."""
+def _check(options: Mapping[str, Scalar]) -> None:
     for name in options:
         if name in _OF_CONTRAST:
             raise MethodError(
@@ -36,24 +56,3 @@ def check_options(options: Mapping[str, Scalar]) -> None:
             f"option head is {options['head']!r}, which method 'early_exit' does not use: its "
             "classifier reads the pooled output, or that of head conv; see option classifier"
         )
-
-
-class EarlyExit(Method):
-    """Local cross entropy; one output per stage."""
-
-    name = "early_exit"
-
-    def __init__(self, options: LossOptions, last: str) -> None:
-        self.options = replace(options, contrast=0.0, cross_entropy=options.cross_entropy or 1.0)
-        self.last = last
-
-    def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
-        """The stage's local classifier; in the last stage the model's own."""
-        if not view.is_last:
-            return (local_loss(view.sends, view, self.options),)
-        return last_losses(view, self.options, self.last)
-
-    def inference(self, num_stages: int) -> tuple[str, ...]:
-        """Forward of every stage, with the exit of each but the last after it."""
-        steps = [text for k in range(num_stages) for text in (f"{k}F", f"{k}X")]
-        return tuple(steps[:-1])

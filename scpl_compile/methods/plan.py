@@ -7,7 +7,17 @@ from torch import fx, nn
 
 from scpl_compile.capture import Capture
 from scpl_compile.errors import MethodError, context
-from scpl_compile.ir import Cut, InputSpec, LocalLoss, ModelSource, Plan, Scalar, Stage
+from scpl_compile.ir import (
+    Crossing,
+    Cut,
+    InputSpec,
+    LocalLoss,
+    ModelSource,
+    Plan,
+    Scalar,
+    Stage,
+    TensorMeta,
+)
 from scpl_compile.methods.base import Mask, Method, StageView, Value
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 
@@ -49,7 +59,7 @@ def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> 
         sends=_gradient_values(by_name[name] for name in names),
         mask=find_mask(capture.inputs),
         feature=None,
-        logits="",
+        output=None,
         num_classes=num_classes,
     )
 
@@ -93,6 +103,7 @@ def build_plan(
             if loss.mask:
                 masks.setdefault(loss.mask, set()).add(k)
     flow = find_flow(capture, stage_of, masks)
+    codes = [_code_crossings(k, items, nodes, capture.batch_size) for k, items in enumerate(losses)]
     stages = tuple(
         _stage(k, flow, capture, losses[k], facts.stage_us[k]) for k in range(num_stages)
     )
@@ -104,7 +115,7 @@ def build_plan(
             Cut(
                 index=i,
                 after=_last_node(stage_of, i),
-                crossings=flow.crossings[i],
+                crossings=(*flow.crossings[i], *codes[i]),
                 detach=method.detach,
             )
             for i in range(num_stages - 1)
@@ -120,7 +131,7 @@ def build_plan(
         threads_per_stage=facts.threads_per_stage,
         optimizer=facts.optimizer,
         inference=method.inference(num_stages),
-        untrained=(),
+        untrained=_classifier(flow, nodes, capture.model) if method.leaves_classifier else (),
         frontend=capture.frontend,
         opaque=facts.opaque,
         solver=facts.solver,
@@ -129,6 +140,34 @@ def build_plan(
         source=facts.source,
         versions=facts.versions,
     )
+
+
+def _code_crossings(
+    stage: int, losses: Iterable[LocalLoss], nodes: Mapping[str, fx.Node], batch_size: int
+) -> tuple[Crossing, ...]:
+    """The codes of the labels that the losses of a stage give to the next one."""
+    found = []
+    for loss in losses:
+        if not loss.gives:
+            continue
+        if loss.gives in nodes:
+            raise MethodError(f"the model has a value {loss.gives!r}, a name that the method needs")
+        shape = (batch_size, int(loss.options["latent"]))
+        meta = TensorMeta(shape=shape, dtype="float32", requires_grad=False, batch_dim=0)
+        found.append(Crossing(name=loss.gives, meta=meta, producer=stage, consumers=(stage + 1,)))
+    return tuple(found)
+
+
+def _classifier(flow: Flow, nodes: Mapping[str, fx.Node], model: nn.Module) -> tuple[str, ...]:
+    """The parameters behind the feature that the model's classifier reads."""
+    last = flow.num_stages - 1
+    feature = _feature(last, flow, nodes, model)
+    if feature is None:
+        return ()
+    own = [node for name, node in nodes.items() if flow.stage_of.get(name) == last]
+    behind = _behind(nodes[feature.name], nodes[flow.output], own)
+    paths = stage_paths(node for node in own if node in behind)
+    return _owned(paths, model.named_parameters())
 
 
 def _last_node(stage_of: Mapping[str, int], stage: int) -> str:
@@ -151,9 +190,15 @@ def _view(
         sends=sends,
         mask=find_mask(capture.inputs),
         feature=_feature(k, flow, nodes, capture.model) if is_last else None,
-        logits=flow.output if is_last else "",
+        output=_output(flow, nodes) if is_last else None,
         num_classes=num_classes,
     )
+
+
+def _output(flow: Flow, nodes: Mapping[str, fx.Node]) -> Value:
+    meta = meta_of(nodes[flow.output])
+    assert meta is not None, "the logits are a tensor"
+    return Value(name=flow.output, meta=meta)
 
 
 def _made(k: int, flow: Flow, nodes: Mapping[str, fx.Node]) -> set[str]:

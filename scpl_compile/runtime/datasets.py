@@ -6,6 +6,7 @@
     fashion-mnist[:DIR] 70,000 images of 28x28, from Debian's package dataset-fashion-mnist
     imagefolder:DIR     DIR/train/CLASS/*.png, and DIR/validation, DIR/test where they are
     npz:FILE            x_train, y_train and where they are x_val, y_val, x_test, y_test; or x, y
+    csv:FILE            columns text, label and split, or text and label: token numbers
     file.py:callable    called without arguments; gives {"train": (inputs, labels), "test": …}
     random:N            N samples of the model's shapes with random labels
 """
@@ -24,6 +25,7 @@ from scpl_compile.errors import DataError
 from scpl_compile.ir import InputSpec
 from scpl_compile.runtime.arrays import Inputs, callable_splits, npz_splits, reading
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
+from scpl_compile.runtime.text import csv_splits
 
 __all__ = ["Splits", "open_splits"]
 
@@ -58,10 +60,12 @@ def open_splits(
             return _image_folder(spec, Path(rest).expanduser(), inputs)
         case "npz" if rest:
             return npz_splits(spec, Path(rest).expanduser(), inputs)
+        case "csv" if rest:
+            return csv_splits(spec, Path(rest).expanduser(), inputs)
         case "random" if rest:
             return _random(spec, rest, seed, inputs, num_classes or 10)
-    known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "file.py:callable",
-             "random:N")  # fmt: skip
+    known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "csv:FILE",
+             "file.py:callable", "random:N")  # fmt: skip
     close = get_close_matches(spec, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     raise DataError(f"there is no data set {spec!r}; {hint}known are {', '.join(known)}")

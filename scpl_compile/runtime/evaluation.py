@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,11 +14,17 @@ __all__ = ["Evaluation", "Tally"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """accuracy and mean cross entropy of every exit (the last one is the model's own output)."""
+    """accuracy and mean cross entropy of every exit (the last one is the model's own output).
+
+    Where samples left early there is one accuracy and one loss. exit_shares: of the samples, by
+    exit; compute: forward FLOPs over those of all samples going through the model alone.
+    """
 
     num_samples: int
     accuracies: tuple[float, ...]
     losses: tuple[float, ...]
+    exit_shares: tuple[float, ...] = ()
+    compute: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -32,6 +39,9 @@ class Tally:
         self._num_samples = 0
         self._correct: list[float] = []
         self._losses: list[float] = []
+        self._left: list[int] = []
+        self.costs: list[float] = []
+        """Of a sample that leaves by each exit, where samples leave early."""
 
     def add(self, exits: Sequence[Tensor], labels: Tensor) -> None:
         """exits: logits (B, C) of each; labels: int64 (B,)."""
@@ -42,6 +52,12 @@ class Tally:
             self._correct[i] += float((logits.argmax(-1) == target).sum())
             self._losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
         self._num_samples += len(labels)
+
+    def add_exits(self, exits: Tensor) -> None:
+        """exits: (B,), the number of the exit by which each sample has left."""
+        counts = torch.bincount(exits, minlength=len(self.costs)).tolist()
+        left = self._left or [0] * len(counts)
+        self._left = [a + b for a, b in zip(left, counts, strict=True)]
 
     @property
     def sums(self) -> tuple[float, float, float]:
@@ -57,4 +73,10 @@ class Tally:
             num_samples=count,
             accuracies=tuple(value / count for value in self._correct),
             losses=tuple(value / count for value in self._losses),
+            exit_shares=tuple(left / count for left in self._left),
+            compute=self._compute() if self._left else None,
         )
+
+    def _compute(self) -> float:
+        pairs = zip(self._left, self.costs, strict=True)
+        return sum(left * cost for left, cost in pairs) / self._num_samples

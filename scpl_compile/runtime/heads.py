@@ -20,7 +20,7 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
 from scpl_compile.runtime.head_spec import HeadSpec, Shapes, TensorPath, tensor_paths
 
-__all__ = ["Head", "Projection", "Trunk"]
+__all__ = ["Head", "Projection", "Trunk", "in_dtype_of"]
 
 
 def _batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def _batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     return normalised
 
 
-def _in_dtype_of(x: Tensor, layer: nn.Module) -> Tensor:
+def in_dtype_of(x: Tensor, layer: nn.Module) -> Tensor:
     """`x` in the dtype of the layer's weight, unless autocast chooses one itself."""
     if torch.is_autocast_enabled(x.device.type):
         return x
@@ -55,7 +55,7 @@ class _MapConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _average(x, self._shrink)
-        return F.relu(_batch_norm(self.norm, self.conv(_in_dtype_of(x, self.conv))))
+        return F.relu(_batch_norm(self.norm, self.conv(in_dtype_of(x, self.conv))))
 
 
 class Trunk(nn.Module):
@@ -161,9 +161,9 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_features) in any floating dtype."""
         if self.hidden is not None:
-            x = self.hidden(_in_dtype_of(x, self.hidden))
+            x = self.hidden(in_dtype_of(x, self.hidden))
             x = F.relu(x if self.norm is None else _batch_norm(self.norm, x))
-        return x if self.out is None else self.out(_in_dtype_of(x, self.out))
+        return x if self.out is None else self.out(in_dtype_of(x, self.out))
 
 
 class Head(nn.Module):

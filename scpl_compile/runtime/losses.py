@@ -12,6 +12,7 @@ from scpl_compile.kernels import supcon_loss
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.heads import Projection, Trunk
 from scpl_compile.runtime.loss_options import LossOptions
+from scpl_compile.runtime.similarity import deinforeg
 
 __all__ = ["Gather", "LocalLoss", "cross_entropy"]
 
@@ -30,6 +31,7 @@ class LocalLoss(nn.Module):
     ::
 
         features ─▶ Trunk ─┬─▶ projection ─▶ supervised contrastive loss ─▶ "contrast"
+                           │              or DeInfoReg's ────────────────▶ "deinforeg"
                            └─▶ classifier ─▶ cross entropy ───────────────▶ "cross_entropy"
 
     A term of weight 0 is not built: contrast alone is SCPL as released, cross entropy alone is
@@ -61,6 +63,7 @@ class LocalLoss(nn.Module):
         spec = LossOptions.from_options(options).resolve(in_shapes)
         self.options = spec
         self.gather: Gather | None = None
+        self._num_classes = num_classes
         self._reads_tokens = any(len(shape) == 2 for shape in in_shapes)
         self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
         width, hidden = self.trunk.out_features, spec.hidden
@@ -74,7 +77,7 @@ class LocalLoss(nn.Module):
     def forward(
         self, *features: Tensor, labels: Tensor, mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The terms by name ("contrast", "cross_entropy"), each a scalar times its weight.
+        """The terms by name ("contrast" or "deinforeg", "cross_entropy"), each times its weight.
 
         features: one tensor per shape, batch size B, any floating dtype. labels: (B,) int64.
         mask: see `heads.Trunk`. The sum of the terms is the stage's loss. They are computed in
@@ -87,17 +90,26 @@ class LocalLoss(nn.Module):
             anchors, classes = self.projection(pooled), labels
             if self.gather is not None:
                 anchors, classes = self.gather(anchors, classes)
-            terms["contrast"] = options.contrast * supcon_loss(
-                anchors,
-                classes,
-                temperature=options.temperature,
-                divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked both
-                impl=None if options.impl == "auto" else options.impl,  # type: ignore[arg-type]
-            )
+            name = "contrast" if options.objective == "supcon" else options.objective
+            terms[name] = options.contrast * self._objective(anchors, classes)
         if self.classifier is not None:
+            if options.detach_classifier:
+                pooled = pooled.detach()
             logits = self._classify(self.classifier, pooled)
             terms["cross_entropy"] = options.cross_entropy * cross_entropy(logits, labels)
         return terms
+
+    def _objective(self, anchors: Tensor, labels: Tensor) -> Tensor:
+        options = self.options
+        if options.objective == "deinforeg":
+            return deinforeg(anchors, labels, self._num_classes)
+        return supcon_loss(
+            anchors,
+            labels,
+            temperature=options.temperature,
+            divisor=options.divisor,  # type: ignore[arg-type]  # LossOptions checked both
+            impl=None if options.impl == "auto" else options.impl,  # type: ignore[arg-type]
+        )
 
     def _classify(self, classifier: Projection, pooled: Tensor) -> Tensor:
         """Logits of the pooled vector; that of tokens is brought to mean 0 and variance 1.

@@ -1,6 +1,6 @@
 """Inference over ranks: every rank runs its stages in order and hands on what crosses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scpl_compile.ir import Plan
+from scpl_compile.runtime.inference import bridged, decoded, head_of, local_exit
 from scpl_compile.runtime.rank_engine import LABELS, batch_key
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.sharding import Sharded
@@ -17,15 +18,11 @@ from scpl_compile.runtime.wire import Inbox, Outbox
 
 __all__ = ["RankInference", "crossing_names"]
 
-LocalExit = Callable[[StageStep, Mapping[str, Tensor]], Tensor]
-"""The logits of a stage's local classifier."""
-
 
 class RankInference:
     """The share of this rank in the inference of a plan.
 
-    local_exit: gives the logits of a stage's local classifier. sharded: by index, the stages that
-    are split over replicas.
+    sharded: by index, the stages that are split over replicas.
     """
 
     def __init__(
@@ -33,18 +30,17 @@ class RankInference:
         plan: Plan,
         stages: Sequence[StageStep],
         ranks: Ranks,
-        local_exit: LocalExit,
         sharded: Mapping[int, Sharded],
     ) -> None:
         self.exit_stages = _exit_stages(plan)
         self._plan = plan
         self._stages = sorted(stages, key=lambda stage: stage.index)
         self._ranks = ranks
-        self._local_exit = local_exit
         self._sharded = sharded
         own = set(ranks.stages)
         last = plan.num_stages - 1
-        names = {k: crossing_names(plan, k) for k in range(last)}
+        self._goes_back = "0D" in plan.inference
+        names = {k: _forward_names(plan, k) for k in range(last)}
         self._inboxes = {
             k: Inbox(ranks.rank_of(k - 1), names[k - 1], ranks.device)
             for k in own
@@ -79,16 +75,37 @@ class RankInference:
                     with stage.autocast():
                         given = stage.module(*(values[name] for name in spec.inputs))
                     values |= dict(zip(spec.outputs, as_tuple(given), strict=True))
-                    found |= self._exits(stage, values)
+                    if not self._goes_back:
+                        found |= self._exits(stage, values)
                     if (outbox := self._outboxes.get(k)) is not None:
                         outbox.send(key, {**values, LABELS: labels.to(stage.lane.device)})
+            if self._goes_back:
+                found = self._back(values, len(labels))
         return found, labels
+
+    def _back(self, values: Mapping[str, Tensor], batch_size: int) -> dict[int, Tensor]:
+        """Associated Learning: from the last bridge back through the decoders of all ranks."""
+        code: Tensor | None = None
+        for stage in reversed(self._stages):
+            k = stage.index
+            with stage.lane.scope():
+                if k == self._plan.num_stages - 1:
+                    code = bridged(self._plan, stage, values)
+                elif code is None:
+                    width = int(head_of(self._plan, k).options["latent"])
+                    code = torch.empty(batch_size, width, device=stage.lane.device)
+                    dist.recv(code, self._ranks.rank_of(k + 1))
+                code = decoded(self._plan, stage, code)
+                if k and self._ranks.rank_of(k - 1) != self._ranks.rank:
+                    dist.send(code.contiguous(), self._ranks.rank_of(k - 1))
+                    code = None
+        return {} if code is None else {0: code}
 
     def _exits(self, stage: StageStep, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Those of one stage: its local classifier, and the model's own logits from the last."""
         last = len(self.exit_stages) - 1
         return {
-            i: values[self._plan.outputs[0]] if i == last else self._local_exit(stage, values)
+            i: values[self._plan.outputs[0]] if i == last else local_exit(self._plan, stage, values)
             for i, k in enumerate(self.exit_stages)
             if k == stage.index
         }
@@ -112,10 +129,16 @@ def crossing_names(plan: Plan, cut: int) -> tuple[str, ...]:
     """Names of what may cross `cut`, labels among them; none outside of the model."""
     if not 0 <= cut < len(plan.cuts):
         return ()
-    return (*(crossing.name for crossing in plan.cuts[cut].crossings), LABELS)
+    return (*plan.sent(cut), LABELS)
+
+
+def _forward_names(plan: Plan, cut: int) -> tuple[str, ...]:
+    """Of these, those that forward reads: no codes of the labels."""
+    inputs = plan.stages[cut + 1].inputs
+    return (*(name for name in plan.sent(cut) if name in inputs), LABELS)
 
 
 def _exit_stages(plan: Plan) -> tuple[int, ...]:
     """The stage of every exit, in the order in which Trainer.predict gives them."""
-    early = [int(text[:-1]) for text in plan.inference if not text.endswith("F")]
-    return (*early, plan.num_stages - 1)
+    early = [int(text[:-1]) for text in plan.inference if text.endswith("X")]
+    return (*early, 0 if "0D" in plan.inference else plan.num_stages - 1)

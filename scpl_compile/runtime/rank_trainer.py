@@ -18,6 +18,8 @@ from scpl_compile.runtime.batch import Inputs, labelled, named_inputs, num_sampl
 from scpl_compile.runtime.batch_engine import BatchEngine
 from scpl_compile.runtime.engine import Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
+from scpl_compile.runtime.exits import save_exits
+from scpl_compile.runtime.inference import EarlyExits
 from scpl_compile.runtime.lane import Lane
 from scpl_compile.runtime.own_stage import keep_stage
 from scpl_compile.runtime.randomness import StageRandom, spread_seed
@@ -81,7 +83,7 @@ class RankTrainer(Trainer):
         self._num_saves = 0
         torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
         super().__init__(plan, model, stages, **options)
-        self._inference = RankInference(plan, self._stages, ranks, self._local_exit, self._sharded)
+        self._inference = RankInference(plan, self._stages, ranks, self._sharded)
 
     # ------------------------------------------------------------------ what is made
 
@@ -222,12 +224,26 @@ class RankTrainer(Trainer):
         labels = torch.zeros(num_samples(values), dtype=torch.int64)
         return self._inference.shared(self._inference.run(values, labels)[0])
 
-    def evaluate(self, batches: Iterable[Any]) -> Evaluation:
+    def predict_early(self, inputs: Inputs, rule: str) -> EarlyExits:
+        """Not over ranks: how many rows a later stage gets depends on data.
+
+        Raises:
+            MethodError: always.
+        """
+        raise MethodError(
+            f"exit rule {rule!r} is of inference in one process: scpl evaluate DIRECTORY --exit "
+            f"{rule}, or a trainer without ranks"
+        )
+
+    def evaluate(self, batches: Iterable[Any], *, exit_rule: str | None = None) -> Evaluation:
         """Accuracy and cross entropy over `batches`, the same on every rank.
 
         Raises:
             DataError: there is no sample; inputs or labels that do not fit, as in `step`.
+            MethodError: there is an exit_rule, as in `predict_early`.
         """
+        if exit_rule is not None:
+            self.predict_early((), exit_rule)
         self.drain()
         exits = self._inference.exit_stages
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
@@ -296,6 +312,11 @@ class RankTrainer(Trainer):
         """The names in the model's state_dict that `stage` answers for."""
         spec, known = self.plan.stages[stage], self.model.state_dict()
         return [name for name in (*spec.parameters, *spec.buffers) if name in known]
+
+    def save_exits(self, run: Path) -> None:
+        """As Trainer's: every rank of the first replica writes those of its stages."""
+        self.drain()
+        save_exits(run, self.plan, self._stages, writes=self._ranks.replica == 0)
 
     def save(
         self,

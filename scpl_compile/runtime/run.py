@@ -336,6 +336,7 @@ class Run:
         self._log()
         trainer.wait_saved()
         self._files.save_final(trainer.state_dict(), trainer.num_steps)
+        trainer.save_exits(self.directory)
         self._stack.close()
         if self.options.trace:  # now that the workers have told of their last actions too
             self._files.save_trace(chrome_trace(trainer.all_events()))
@@ -369,10 +370,14 @@ class Run:
 
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
-    """accuracy, and where there are several exits the accuracy of each."""
+    """accuracy, and where there are several exits the accuracy of each; of samples that left early
+    the share of each exit, and of the compute.
+    """
     facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
     if len(found.accuracies) > 1:
         facts["exit_accuracies"] = list(found.accuracies)
+    if found.compute is not None:
+        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
     return facts
 
 

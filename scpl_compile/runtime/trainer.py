@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,8 @@ from scpl_compile.runtime.batch import (
 )
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
+from scpl_compile.runtime.exits import load_exits, save_exits
+from scpl_compile.runtime.inference import EarlyExits, ExitRule, Inference
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.optim import make_optimizer, read_options
@@ -31,7 +34,7 @@ from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.saver import Saver
 from scpl_compile.runtime.schedules import check_schedule
 from scpl_compile.runtime.settings import Setting
-from scpl_compile.runtime.stage import as_tuple, evaluating, start_training
+from scpl_compile.runtime.stage import evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.step_options import StepOptions
 
@@ -128,8 +131,8 @@ class Trainer:
             StageStep(
                 k,
                 module,
-                inputs=plan.stages[k].inputs,
-                sends=_sends(plan, k),
+                inputs=plan.stages[k].receives,
+                sends=plan.sent(k),
                 lane=lanes[k],
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
                 learning_rate=self.learning_rate,
@@ -266,52 +269,46 @@ class Trainer:
         Raises:
             DataError: inputs of other names, dtypes, or numbers of dimensions.
         """
-        return self._predict(named_inputs(self.plan.inputs, inputs))
+        values = named_inputs(self.plan.inputs, inputs)
+        with self._inferring() as inference:
+            return inference.all_exits(values)
 
-    @torch.no_grad()
-    def _predict(self, values: dict[str, Tensor]) -> list[Tensor]:
+    def predict_early(self, inputs: Inputs, rule: str) -> EarlyExits:
+        """The logits of the first exit that `rule` trusts, sample by sample (see `ExitRule`).
+
+        Raises:
+            DataError: as `predict`. MethodError: the rule is none, or the method has no exits.
+        """
+        values = named_inputs(self.plan.inputs, inputs)
+        with self._inferring() as inference:
+            return inference.early(values, ExitRule.of(self.plan, rule))
+
+    @contextmanager
+    def _inferring(self) -> Iterator[Inference]:
         self.drain()
         try:
-            with evaluating([stage.module for stage in self._stages]):
-                return self._infer(values)
+            with torch.no_grad(), evaluating([stage.module for stage in self._stages]):
+                yield Inference(self.plan, self._stages)
         finally:
             for stage in self._stages:
                 stage.lane.follow()  # the next update comes after what was launched here
 
-    def _infer(self, values: dict[str, Tensor]) -> list[Tensor]:
-        exits = []
-        for text in self.plan.inference:
-            k, kind = int(text[:-1]), text[-1]
-            stage, spec = self._stages[k], self.plan.stages[k]
-            values = stage.options.arrange(stage.lane.receive(values, None))
-            if kind == "F":
-                with stage.autocast():
-                    outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
-                values |= dict(zip(spec.outputs, outputs, strict=True))
-            else:
-                exits.append(self._local_exit(stage, values))
-        exits.append(values[self.plan.outputs[0]])
-        return exits
-
-    def _local_exit(self, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
-        """The logits of a stage's local classifier."""
-        losses = self.plan.stages[stage.index].losses
-        loss = next(loss for loss in losses if loss.kind == "local")
-        names = (*loss.reads, loss.mask) if loss.mask else loss.reads
-        with stage.autocast():
-            logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
-        return logits
-
-    def evaluate(self, batches: Iterable[Any]) -> Evaluation:
+    def evaluate(self, batches: Iterable[Any], *, exit_rule: str | None = None) -> Evaluation:
         """Accuracy and cross entropy over `batches`, each with .inputs and .labels, or a pair.
+
+        exit_rule: each sample leaves by the first exit that it trusts (see `ExitRule`); then there
+        is one accuracy, and the shares of the exits and the compute are told.
 
         Raises:
             DataError: there is no sample; inputs or labels that do not fit, as in `step`.
+            MethodError: the rule is none, or the method has no exits.
         """
+        rule = None if exit_rule is None else ExitRule.of(self.plan, exit_rule)
         tally = Tally()
         for batch in batches:
             values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
-            tally.add(self._predict(values), labels)
+            with self._inferring() as inference:
+                inference.add_to(tally, values, labels, rule)
         return tally.result()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -329,6 +326,16 @@ class Trainer:
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
     # ------------------------------------------------------------------ checkpoints
+
+    def save_exits(self, run: Path) -> None:
+        """Drain, and write the local classifiers that are exits into `run` (see exits.py)."""
+        self.drain()
+        save_exits(run, self.plan, self._stages)
+
+    def load_exits(self, run: Path) -> Path | None:
+        """Go on with what `save_exits` wrote; the first file that is missing, if one is."""
+        self.drain()
+        return load_exits(run, self.plan, self._stages)
 
     def save(
         self,
@@ -389,9 +396,3 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _sends(plan: Plan, stage: int) -> tuple[str, ...]:
-    if stage == plan.num_stages - 1:
-        return ()
-    return tuple(crossing.name for crossing in plan.cuts[stage].crossings)

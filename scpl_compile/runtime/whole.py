@@ -36,7 +36,7 @@ class Whole(nn.Module):
             )
         self.stages = nn.ModuleList(stages)
         self._reads = tuple(stage.inputs for stage in plan.stages)
-        self._sends = tuple(tuple(c.name for c in cut.crossings) for cut in plan.cuts)
+        self._sends = tuple(map(plan.sent, range(plan.num_stages)))
 
     def forward(
         self, *inputs: Tensor, labels: Tensor
@@ -48,8 +48,7 @@ class Whole(nn.Module):
             arguments = [values[name] for name in self._reads[k]]
             sent, found = stage.training_step(*arguments, labels=labels)  # type: ignore[operator]
             losses |= found
-            sends = self._sends[k] if k < len(self._sends) else ()
-            values = dict(zip(sends, as_tuple(sent), strict=True))
+            values = dict(zip(self._sends[k], as_tuple(sent), strict=True))
         return (), losses
 
     training_step = forward

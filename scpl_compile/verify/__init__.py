@@ -175,7 +175,7 @@ class _Check:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         for stage, module in zip(self.plan.stages, self.stages, strict=True):
-            names = {loss.name for loss in stage.losses if loss.kind == "local"}
+            names = {loss.name for loss in stage.losses if loss.has_head}
             heads = [child for name, child in module.named_children() if name in names]
             in_heads = {id(t) for head in heads for t in (*head.parameters(), *head.buffers())}
             with context(f"stage {stage.index}"):
@@ -263,7 +263,7 @@ class _Check:
             check = StepCheck(self.plan, stage, self.model, module, labels)
             place = f"the training step of stage {stage.index}"
             with context(place), running("it"):
-                sent, reached = check.run([received[name] for name in stage.inputs])
+                sent, reached = check.run([received[name] for name in stage.receives])
             if check.recomputes:
                 self.found.recompute_stages.add(stage.index)
             own = {name: names.get(id(p), "") for name, p in module.named_parameters()}

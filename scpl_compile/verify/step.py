@@ -10,7 +10,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Stage
-from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.losses import cross_entropy
+from scpl_compile.runtime.objectives import build_loss
 from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.verify.compare import (
     RTOL,
@@ -85,8 +86,8 @@ class StepCheck:
             self._check_received(arguments, versions, again)
         versions = _versions(sent)
         with same_start(self._model), stops_open([module]), _stopped_values(module) as stopped:
-            outputs = named_outputs(stage, as_tuple(module(*again)))
-            values = dict(zip(stage.inputs, again, strict=True)) | outputs
+            outputs = named_outputs(stage, as_tuple(module(*again[: len(stage.inputs)])))
+            values = dict(zip(stage.receives, again, strict=True)) | outputs
             self._check_stops(stopped, values)
             forward_buffers = self._buffers()
             planned = self._planned_losses(values)
@@ -106,7 +107,7 @@ class StepCheck:
         self, sent: Sequence[Tensor], losses: Values, arguments: Sequence[Tensor]
     ) -> list[dict[str, Print]]:
         """By the losses (and by what is sent, without a cut); then by each loss behind a stop."""
-        inputs = zip(self._stage.inputs, arguments, strict=True)
+        inputs = zip(self._stage.receives, arguments, strict=True)
         leaves = dict(self._module.named_parameters())
         leaves |= {f"input {name}": value for name, value in inputs if value.requires_grad}
         roots = [[losses[name] for name in sorted(losses.keys() - set(self._stopped))]]
@@ -126,7 +127,7 @@ class StepCheck:
 
     def _buffers(self) -> list[Tensor]:
         """Copies of the model's buffers in the stage, as they are now."""
-        heads = {loss.name for loss in self._stage.losses if loss.kind == "local"}
+        heads = {loss.name for loss in self._stage.losses if loss.has_head}
         named = self._module.named_buffers()
         return [buffer.clone() for name, buffer in named if name.split(".")[0] not in heads]
 
@@ -135,7 +136,7 @@ class StepCheck:
     ) -> None:
         """The sender's loss may still read it. A write through `.data` leaves the version."""
         for name, value, version, copy in zip(
-            self._stage.inputs, received, versions, before, strict=True
+            self._stage.receives, received, versions, before, strict=True
         ):
             if value._version != version:
                 raise VerifyError("it writes into a tensor that it received")
@@ -145,8 +146,10 @@ class StepCheck:
                     "(.data or numpy); let the model write into a clone"
                 )
 
-    def _planned_losses(self, values: Values) -> dict[str, Tensor]:
-        """The losses as the plan says, with the weights of the emitted stage's heads."""
+    def _planned_losses(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses as the plan says, with the weights of the emitted stage's heads; a code that
+        one of them gives becomes one of the values.
+        """
         losses: dict[str, Tensor] = {}
         for loss in self._stage.losses:
             reads = tuple(values[name] for name in loss.reads)
@@ -154,17 +157,17 @@ class StepCheck:
                 losses[loss.name] = cross_entropy(reads[0], self._labels)
                 continue
             with torch.device("meta"):
-                planned = LocalLoss(
-                    num_classes=self._plan.num_classes,
-                    in_shapes=loss.in_shapes,
-                    batch_dims=loss.batch_dims,
-                    **loss.options,
-                )
+                planned = build_loss(loss, self._plan.num_classes)
             weights = _tensors(getattr(self._module, loss.name))
             if _shapes(weights) != _shapes(_tensors(planned)):
                 raise VerifyError(f"its {loss.name} has other weights than the plan says")
             named = {"labels": self._labels} | ({"mask": values[loss.mask]} if loss.mask else {})
-            losses |= torch.func.functional_call(planned, weights, reads, named)
+            if loss.code:
+                named["code"] = values[loss.code]
+            found = torch.func.functional_call(planned, weights, reads, named)
+            if loss.kind == "al":
+                found, values[loss.gives] = found
+            losses |= found
         return losses
 
     def _check_stops(self, stopped: list[Tensor], values: Values) -> None:
@@ -196,7 +199,7 @@ class StepCheck:
     def _check_exit(self, values: Values) -> None:
         if f"{self._stage.index}X" not in self._plan.inference:
             return
-        loss = next(loss for loss in self._stage.losses if loss.kind == "local")
+        loss = next(loss for loss in self._stage.losses if loss.has_head)
         reads = [values[name] for name in loss.reads]
         mask = [values[loss.mask]] if loss.mask else []
         head = getattr(self._module, loss.name)

@@ -1,4 +1,4 @@
-"""Runs triton_cases.py in a process of its own: what the interpreter has loaded cannot be compiled,
+"""Runs triton_*.py in a process of their own: what the interpreter has loaded cannot be compiled,
 and what was loaded without it cannot be interpreted.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = sorted(map(str, Path(__file__).parent.glob("triton_*.py")))
 
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -19,7 +19,7 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no G
 def test_the_cases_hold(environment: dict[str, str], interpret: str) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if interpret == "1" else {}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES],
         env={**environment, **hidden, "TRITON_INTERPRET": interpret},
         capture_output=True,
         text=True,

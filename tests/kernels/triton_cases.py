@@ -13,6 +13,7 @@ import torch
 from supcon_peers import (
     CHOICES,
     OPTIONS,
+    assert_guarded,
     assert_symmetric,
     assert_triangle,
     loss_and_gradient,
@@ -306,51 +307,12 @@ def test_an_emitted_program_trains_as_with_the_chunked_loss(
         torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-5)
 
 
-class Guarded(TorchDispatchMode):
-    """Every new tensor is NaN and lies in the middle of a larger one that is NaN."""
-
-    ZONE = 4096
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zones: list[Tensor] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        made = func.overloadpacket in (aten.empty, aten.new_empty, aten.empty_like)
-        if not made or not result.is_floating_point():
-            return result
-        assert result.is_contiguous()
-        sizes = [self.ZONE, result.numel(), self.ZONE]
-        around = torch.full((sum(sizes),), torch.nan, dtype=result.dtype, device=result.device)
-        before, inside, after = around.split(sizes)
-        self.zones += [before, after]
-        return inside.view(result.shape)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", CHOICES[:2] + CHOICES[-2:])
 def test_nothing_is_written_or_read_outside(
     shape: tuple[int, int], options: dict[str, object]
 ) -> None:
-    features, labels = (t.to(DEVICE) for t in random_batch(*shape, 4, torch.float32))
-    arguments = (options["temperature"], options["divisor"], options["normalize"])
-    arguments += (options["reduction"], True)
-    with Guarded() as guarded:
-        inside = torch.empty(shape, device=DEVICE).copy_(features)
-        loss, *saved = supcon_triton.forward(inside, labels, *arguments)
-        grad = supcon_triton.backward(
-            torch.ones_like(loss), inside, labels, *saved, *arguments
-        )  # fmt: skip
-    assert len(guarded.zones) > 10
-    assert all(zone.isnan().all() for zone in guarded.zones)
-    leaf = features.clone().requires_grad_()
-    truth = supcon_reference(leaf, labels, **options)
-    torch.testing.assert_close(loss, truth.float(), rtol=1e-4, atol=1e-5)
-    (true_grad,) = torch.autograd.grad(truth.sum(), leaf)
-    atol = 1e-3 * true_grad.abs().max().item()
-    torch.testing.assert_close(grad, true_grad, rtol=1e-3, atol=atol)
+    assert_guarded(shape, options, DEVICE)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")

@@ -9,8 +9,8 @@ from golden_models import NestedCnn, Transformer
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import LocalLoss, Plan
 from scpl_compile.methods import BP_SCHEDULES, METHODS, PRESETS, make_method
-from scpl_compile.methods import LAST as LAST_KINDS
 from scpl_compile.methods.base import Method
+from scpl_compile.methods.local import LAST as LAST_KINDS
 from scpl_compile.runtime.losses import LocalLoss as LocalLossModule
 
 
@@ -26,7 +26,8 @@ def test_every_method_is_made_by_its_name() -> None:
     [
         (
             {"name": "gpip"},
-            "method 'gpip' is not one of scpl, bp, early_exit, gpipe, 1f1b, zb, ddp",
+            "method 'gpip' is not one of scpl, bp, early_exit, al, predsim, deinforeg, dascpl, "
+            "gpipe, 1f1b, zb, ddp",
         ),
         ({"name": "scpl", "preset": "papre"}, "preset 'papre' is not one of default, paper"),
         ({"name": "scpl", "options": {"last": "no"}}, "option last is 'no'.*through, released"),

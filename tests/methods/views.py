@@ -16,12 +16,13 @@ def value(name: str, *shape: int, batch_dim: int | None = 0) -> Value:
 
 FIRST = StageView(
     index=0, is_last=False, sends=(value("layer1", 8, 16, 6, 6),), mask=None, feature=None,
-    logits="", num_classes=NUM_CLASSES,
+    output=None, num_classes=NUM_CLASSES,
 )  # fmt: skip
 """A stage that ends with a feature map (B, 16, 6, 6)."""
 
 TEXT = replace(FIRST, sends=(value("block", 8, 7, 12),), mask=Mask(name="mask", length=7))
 """A stage that ends with tokens (B, 7, 12)."""
 
-LAST = replace(FIRST, index=1, is_last=True, sends=(), feature=value("pool", 8, 32), logits="fc")
+LAST = replace(FIRST, index=1, is_last=True, sends=(), feature=value("pool", 8, 32),
+               output=value("fc", 8, 10))  # fmt: skip
 """The last stage: the classifier `fc` reads `pool` (B, 32)."""

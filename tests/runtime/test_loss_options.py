@@ -32,11 +32,20 @@ OPTIONS = st.fixed_dictionaries(
         "temperature": st.sampled_from((0.07, 0.5)),
         "divisor": st.sampled_from(("scpl", "khosla")),
         "impl": st.sampled_from(("auto", "chunked", "reference")),
+        "objective": st.sampled_from(("supcon", "deinforeg")),
+        "detach_classifier": st.booleans(),
     },
 )
 IN_SHAPES = st.sampled_from(
     (((3, 5, 4),), ((2, 7),), ((6,),), ((4, 5, 5), (2, 3)), ((2, 5, 5), (3, 5, 5)), ((5, 1, 1),))
 )
+
+
+def with_weights(options, weights):
+    """A classifier alone reads with a gradient."""
+    detached = options.get("detach_classifier", False) and weights[0] > 0
+    more = {"contrast": weights[0], "cross_entropy": weights[1], "detach_classifier": detached}
+    return {**options, **more}
 
 
 def built(options, in_shapes):
@@ -47,7 +56,7 @@ def built(options, in_shapes):
 @settings(deadline=None, max_examples=100)
 @given(OPTIONS, WEIGHTS, IN_SHAPES)
 def test_cost_is_predicted_exactly(options, weights, in_shapes):
-    options = {**options, "contrast": weights[0], "cross_entropy": weights[1]}
+    options = with_weights(options, weights)
     loss = built(options, in_shapes)
     with FlopCounterMode(display=False) as counter:
         pooled = loss.trunk(*(torch.randn(4, *shape) for shape in in_shapes))
@@ -56,6 +65,8 @@ def test_cost_is_predicted_exactly(options, weights, in_shapes):
             loss.classifier(pooled)
     spec = LossOptions.from_options(options)
     flops = counter.get_total_flops() + 2 * 4 * 4 * z.shape[1]
+    if spec.objective == "deinforeg" and loss.projection:
+        flops += 2 * 4 * 4 * 3 + 2 * 4 * z.shape[1] ** 2
     assert objective_flops(spec, in_shapes, 3, batch_size=4) == flops
     parameters = sum(p.numel() for p in loss.parameters())
     assert objective_parameters(spec, in_shapes, num_classes=3) == parameters
@@ -64,7 +75,7 @@ def test_cost_is_predicted_exactly(options, weights, in_shapes):
 @settings(deadline=None, max_examples=100)
 @given(OPTIONS, WEIGHTS, IN_SHAPES)
 def test_arguments_build_the_same_loss(options, weights, in_shapes):
-    options = {**options, "contrast": weights[0], "cross_entropy": weights[1]}
+    options = with_weights(options, weights)
     arguments = LossOptions.from_options(options).arguments(in_shapes)
     assert "auto" not in arguments.values() or len(in_shapes) > 1 or in_shapes == ((6,),)
     first, second = built(options, in_shapes), built(json.loads(json.dumps(arguments)), in_shapes)
@@ -98,6 +109,33 @@ def test_arguments_show_only_what_has_an_effect():
         "cross_entropy": 1.0,
         "classifier": "mlp",
     }
+
+
+def test_arguments_of_deinforeg_have_no_temperature():
+    options = LossOptions(head="mlp", objective="deinforeg", detach_classifier=True)
+    assert options.arguments(((300,),)) == {
+        "head": "mlp",
+        "hidden": 256,
+        "out": 64,
+        "pooling": "auto",
+        "contrast": 1.0,
+        "cross_entropy": 1.0,
+        "objective": "deinforeg",
+        "detach_classifier": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "barlow"}, "objective is 'barlow'; it must be one of supcon, deinforeg"),
+        ({"detach_classifier": True, "contrast": 0.0}, "so nothing would train it"),
+        ({"detach_classifier": 1}, "detach_classifier is 1; it must be of type bool"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(options, message):
+    with pytest.raises(MethodError, match=message):
+        LossOptions.from_options(options)
 
 
 def test_arguments_leave_the_channels_open_where_the_tensors_differ_in_them():

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from scpl_compile.errors import MethodError
 from scpl_compile.kernels import supcon_loss
 from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.similarity import deinforeg
 
 SHAPE = (3, 6, 6)
 FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
@@ -86,6 +87,24 @@ def test_both_terms_share_one_trunk_and_both_reach_the_feature():
     torch.testing.assert_close(x.grad, gradients[0] + gradients[1])
     assert all(parameter.grad is not None for parameter in loss.parameters())
     assert sum(name.endswith("conv.weight") for name, _ in loss.named_parameters()) == 1
+
+
+def test_deinforeg_is_its_loss_of_the_projection():
+    loss = LocalLoss(num_classes=3, in_shapes=((6,),), head="mlp", objective="deinforeg")
+    x, labels = torch.randn(5, 6), torch.tensor([0, 0, 1, 2, 1])
+    terms = loss(x, labels=labels)
+    assert set(terms) == {"deinforeg", "cross_entropy"}
+    expected = deinforeg(loss.projection(loss.trunk(x)), labels, 3)
+    torch.testing.assert_close(terms["deinforeg"], expected)
+
+
+def test_a_detached_classifier_trains_itself_alone():
+    loss = LocalLoss(num_classes=3, in_shapes=((2, 6, 6),), head="conv", detach_classifier=True)
+    x = torch.randn(5, 2, 6, 6, requires_grad=True)
+    loss(x, labels=torch.tensor([0, 0, 1, 2, 1]))["cross_entropy"].backward()
+    assert x.grad is None
+    assert all(p.grad is None for p in loss.trunk.parameters())
+    assert all(p.grad is not None for p in loss.classifier.parameters())
 
 
 def test_weights_scale_the_terms():

@@ -1,0 +1,29 @@
+"""DeInfoReg (arXiv 2506.18193): features that stay spread and uncorrelated, and whose similarities
+are those of the labels.
+
+Its local loss takes one product of the batch with itself, and no softmax. A local classifier reads
+the stage's pooled output without a gradient ("unmerge" in the released code); inference gives the
+logits of all stages.
+"""
+
+from types import MappingProxyType
+
+from scpl_compile.methods.local import LocalMethod
+
+__all__ = ["DeInfoReg"]
+
+
+class DeInfoReg(LocalMethod):
+    """Stages trained by `runtime.similarity.deinforeg` of their projection, each with an exit."""
+
+    name = "deinforeg"
+    defaults = MappingProxyType({"objective": "deinforeg", "detach_classifier": True})
+    paper = MappingProxyType(
+        {
+            "vision": MappingProxyType(
+                {"head": "mlp-bn", "hidden": 2048, "out": 2048, "pooling": "none"}
+            ),
+            "text": MappingProxyType({"head": "identity", "pooling": "mean"}),
+        }
+    )
+    exits = True

@@ -1,0 +1,227 @@
+"""Inference in one process: the logits of every exit, or of the first exit that may be trusted.
+
+::
+
+    batch ─▶ stage 0 ─▶ exit 0 ─ trusted ─▶ logits
+                └─ the other samples ─▶ stage 1 ─▶ exit 1 ─ trusted ─▶ logits
+                                           └─ the others ─▶ …
+
+A sample that has left costs nothing from there on: later stages get the other rows only.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import LocalLoss, Plan
+from scpl_compile.runtime.evaluation import Tally
+from scpl_compile.runtime.stage import as_tuple
+from scpl_compile.runtime.stage_step import StageStep
+
+__all__ = ["EarlyExits", "ExitRule", "Inference", "bridged", "decoded", "head_of", "local_exit"]
+
+_CODE = "code of the labels"
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRule:
+    """When a sample leaves.
+
+    confidence:P   the largest probability is P or more (0 < P <= 1)
+    agreement:N    the last N exits give the same class (N >= 2)
+    """
+
+    kind: str
+    limit: float
+
+    @classmethod
+    def of(cls, plan: Plan, text: str) -> "ExitRule":
+        """The rule `text` for a program.
+
+        Raises:
+            MethodError: `text` is no rule, or the program has one exit.
+        """
+        if not any(step.endswith("X") for step in plan.inference):
+            raise MethodError(
+                f"method {plan.method!r} has one exit, so no rule {text!r} of leaving early; "
+                "methods early_exit, dascpl and deinforeg have one for each stage"
+            )
+        return cls.parse(text)
+
+    @classmethod
+    def parse(cls, text: str) -> "ExitRule":
+        """Raises MethodError where `text` is no such rule."""
+        kind, _, number = text.partition(":")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        fits = {"confidence": 0 < limit <= 1, "agreement": limit >= 2 and limit == int(limit)}
+        if not fits.get(kind, False):
+            raise MethodError(
+                f"exit rule {text!r} is not one of confidence:P, as in confidence:0.9, and "
+                "agreement:N, as in agreement:2"
+            )
+        return cls(kind, limit)
+
+    def trusts(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """(B,) bool. logits: (B, C) of the newest exit; classes: (exits, B), what each one said."""
+        if self.kind == "confidence":
+            return logits.float().softmax(-1).amax(-1) >= self.limit
+        last = int(self.limit)
+        if len(classes) < last:
+            return torch.zeros_like(classes[0], dtype=torch.bool)
+        return (classes[-last:] == classes[-1]).all(0)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyExits:
+    """logits: (B, C), of the exit that each sample left by; exits: (B,) its number; on the CPU."""
+
+    logits: Tensor
+    exits: Tensor
+
+
+def local_exit(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a stage's local classifier."""
+    loss = head_of(plan, stage.index)
+    names = (*loss.reads, loss.mask) if loss.mask else loss.reads
+    with stage.autocast():
+        logits: Tensor = stage.module.exit(*(values[name] for name in names))  # type: ignore[operator]
+    return logits
+
+
+def bridged(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
+    """Associated Learning: the code that the last stage's features stand for, float32 at least."""
+    loss = head_of(plan, stage.index)
+    names = [values[name] for name in loss.reads]
+    with stage.autocast():
+        code: Tensor = getattr(stage.module, loss.name).associate(*names)
+    return code.to(torch.promote_types(code.dtype, torch.float32))
+
+
+def decoded(plan: Plan, stage: StageStep, code: Tensor) -> Tensor:
+    """Associated Learning: the code of the stage before; from the first stage (B, num_classes)."""
+    with stage.autocast():
+        source: Tensor = getattr(stage.module, head_of(plan, stage.index).name).decode(code)
+    return source.to(torch.promote_types(source.dtype, torch.float32))
+
+
+def head_of(plan: Plan, stage: int) -> LocalLoss:
+    """The stage's loss with a head."""
+    return next(loss for loss in plan.stages[stage].losses if loss.has_head)
+
+
+class Inference:
+    """The inference steps of a plan, over stages that are all in this process."""
+
+    def __init__(self, plan: Plan, stages: Sequence[StageStep]) -> None:
+        self._plan = plan
+        self._stages = stages
+
+    def all_exits(self, values: Values) -> list[Tensor]:
+        """The logits of every exit, the model's own last."""
+        exits = []
+        for k, kind in self._steps():
+            if kind == "F":
+                values = self._forward(k, values)
+            elif kind == "X":
+                exits.append(local_exit(self._plan, self._stages[k], values))
+            else:
+                values = self._back(k, kind, values)
+        exits.append(values[self._plan.outputs[0]])
+        return exits
+
+    def _back(self, k: int, kind: str, values: Values) -> Values:
+        """The last bridge ("B") gives a code, each decoder ("D") leads it back; the first one's is
+        the output.
+        """
+        stage = self._stages[k]
+        if kind == "B":
+            code = bridged(self._plan, stage, values)
+        else:
+            received = stage.lane.receive({_CODE: values[_CODE]}, None)
+            code = decoded(self._plan, stage, received[_CODE])
+        return values | {_CODE if kind == "B" or k else self._plan.outputs[0]: code}
+
+    def early(self, values: Values, rule: ExitRule) -> EarlyExits:
+        """The logits of the first exit that `rule` trusts, sample by sample."""
+        given = next(iter(values.values()))
+        rows = torch.arange(len(given))  # of the batch, still on their way
+        classes = torch.empty(0, len(rows), dtype=torch.int64)
+        exits = torch.zeros(len(rows), dtype=torch.int64)
+        left: list[tuple[Tensor, Tensor]] = []
+        for k, kind in self._steps():
+            if kind == "F":
+                values = self._forward(k, values)
+                continue
+            logits = local_exit(self._plan, self._stages[k], values).cpu()
+            classes = torch.cat([classes, logits.argmax(-1)[None]])
+            done = rule.trusts(logits, classes)
+            left.append((rows[done], logits[done]))
+            exits[rows[done]] = len(classes) - 1
+            rows, classes = rows[~done], classes[:, ~done]
+            if not len(rows):
+                break
+            if done.any():
+                values = self._selected(k, values, ~done)
+        else:
+            left.append((rows, values[self._plan.outputs[0]].cpu()))
+            exits[rows] = len(classes)
+        order = torch.cat([numbers for numbers, _ in left]).argsort()
+        return EarlyExits(torch.cat([logits for _, logits in left])[order], exits)
+
+    def costs(self, values: Values) -> list[float]:
+        """Forward FLOPs of one sample that leaves by each exit, over those of the model alone.
+
+        Counted on a batch, which runs through: matrix products and convolutions, as in
+        torch.utils.flop_counter.
+        """
+        total, model, found = 0, 0, []
+        for k, kind in self._steps():
+            with FlopCounterMode(display=False) as counter:
+                if kind == "F":
+                    values = self._forward(k, values)
+                else:
+                    local_exit(self._plan, self._stages[k], values)
+            total += counter.get_total_flops()
+            model += counter.get_total_flops() if kind == "F" else 0
+            if kind != "F":
+                found.append(total)
+        return [flops / max(model, 1) for flops in (*found, total)]
+
+    def add_to(self, tally: Tally, values: Values, labels: Tensor, rule: ExitRule | None) -> None:
+        """Count one batch; rule: its samples leave early."""
+        if rule is None:
+            tally.add(self.all_exits(values), labels)
+            return
+        tally.costs = tally.costs or self.costs(values)
+        found = self.early(values, rule)
+        tally.add([found.logits], labels)
+        tally.add_exits(found.exits)
+
+    def _steps(self) -> Iterator[tuple[int, str]]:
+        for text in self._plan.inference:
+            yield int(text[:-1]), text[-1]
+
+    def _forward(self, k: int, values: Values) -> Values:
+        stage, spec = self._stages[k], self._plan.stages[k]
+        values = stage.options.arrange(stage.lane.receive(values, None))
+        with stage.autocast():
+            outputs = as_tuple(stage.module(*(values[name] for name in spec.inputs)))
+        return values | dict(zip(spec.outputs, outputs, strict=True))
+
+    def _selected(self, k: int, values: Values, rows: Tensor) -> Values:
+        """Some rows of what crosses the cut after stage k."""
+        found = {}
+        for crossing in self._plan.cuts[k].crossings:
+            value, dim = values[crossing.name], crossing.meta.batch_dim
+            index = rows.nonzero()[:, 0].to(value.device)
+            found[crossing.name] = value if dim is None else value.index_select(dim, index)
+        return found

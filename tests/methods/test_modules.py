@@ -1,0 +1,125 @@
+"""Local losses that are modules of another class, a method of one's own among their users."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from views import FIRST, LAST, NUM_CLASSES, TEXT
+
+from scpl_compile.errors import MethodError, SourceError
+from scpl_compile.methods import make_method, module_loss
+from scpl_compile.runtime.loading import file_sha256, load_callable
+from scpl_compile.runtime.objectives import build_loss
+from scpl_compile.runtime.predsim import PredSim
+
+OWN = Path(__file__).parents[1] / "own_method.py"
+
+
+def test_its_cost_is_counted_on_the_shapes() -> None:
+    loss = module_loss(PredSim, FIRST.sends, FIRST, kind="predsim")
+    made = build_loss(loss, NUM_CLASSES)
+    assert isinstance(made, PredSim)
+    assert loss.num_parameters == sum(p.numel() for p in made.parameters())
+    convolution, classifier = 9 * 16 * 16 * 36, 16 * 9 * 10
+    similarities = 8 * 8 * (16 + 10)
+    assert loss.flops == 2 * (8 * (convolution + classifier) + similarities)
+
+
+def test_predsim_is_in_every_stage_but_the_last() -> None:
+    method = make_method("predsim", options={"similarity": 0.5, "pooling": "gap"})
+    (loss,) = method.losses(FIRST)
+    assert (loss.kind, loss.options) == ("predsim", {"similarity": 0.5, "pooling": "gap"})
+    assert [loss.kind for loss in method.losses(LAST)] == ["cross_entropy"]
+    assert method.losses(TEXT)[0].mask == "mask"
+
+
+# ---------------------------------------------------------------------- of one's own
+
+
+def test_a_method_of_ones_own_says_where_its_loss_is() -> None:
+    (loss,) = make_method(f"{OWN}:Cosine", options={"scale": 3.0}).losses(TEXT)
+    assert (loss.kind, loss.options, loss.mask) == ("own", {"scale": 3.0}, "mask")
+    assert loss.source is not None and loss.source.sha256 == file_sha256(OWN)
+    made = build_loss(loss, NUM_CLASSES)
+    assert type(made) is load_callable(OWN, "Directions")
+    assert loss.num_parameters == NUM_CLASSES * 12 and loss.flops > 0
+
+
+OWN_TEXT = """
+import torch
+from torch import nn
+from scpl_compile.methods import Method, cross_entropy_loss, module_loss
+
+class Loss(nn.Module):
+    def __init__(self, *, num_classes, in_shapes):
+        super().__init__()
+    def forward(self, *features, labels, mask=None):
+        {body}
+
+class Mine(Method):
+    name = "{name}"
+    def losses(self, view):
+        return (module_loss(Loss, view.sends, view),)
+
+class NoMethod:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return features[0].sum()", "loss Loss must give a dict of scalar tensors by name"),
+        ("return {'x': features[0]}", "loss Loss must give a dict of scalar tensors by name"),
+        ("return {'x': features[0] @ labels}", r"loss Loss fails on \(16, 6, 6\): RuntimeError"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_is_told(tmp_path: Path, body: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_TEXT.format(body=body, name="mine"))
+    with pytest.raises(MethodError, match=message):
+        make_method(f"{path}:Mine").losses(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "options", "error", "message"),
+    [
+        ("mine.py:Mine", "scpl", {}, MethodError, "has the name 'scpl'; give the class a `name`"),
+        ("mine.py:Mine", "my method", {}, MethodError, "has the name 'my method'"),
+        ("mine.py:Mine", "mine", {"x": 1}, MethodError, "method 'mine': .*argument"),
+        ("mine.py:NoMethod", "mine", {}, MethodError, "is no subclass of scpl_compile.methods.Me"),
+        ("mine.py:Gone", "mine", {}, SourceError, "'Gone'"),
+        ("gone.py:Mine", "mine", {}, SourceError, "gone.py"),
+    ],
+)
+def test_a_method_that_cannot_be_used_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    name: str,
+    options: dict[str, int],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN_TEXT.format(body="return {}", name=name))
+    with pytest.raises(error, match=message):
+        make_method(spec, options=options)
+
+
+def test_a_preset_that_it_does_not_have_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="method 'cosine' has no preset 'paper'"):
+        make_method(f"{OWN}:Cosine", preset="paper")
+
+
+def test_a_loss_inside_a_function_has_no_name_to_be_found_by() -> None:
+    class Inner(nn.Module):
+        def __init__(self, *, num_classes: int, in_shapes: object) -> None:
+            super().__init__()
+
+        def forward(self, *features: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
+            return {"x": features[0].sum()}
+
+    with pytest.raises(MethodError, match="must stand at the top of a Python file"):
+        module_loss(Inner, FIRST.sends, FIRST)

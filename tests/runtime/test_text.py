@@ -1,0 +1,113 @@
+"""Texts with labels from a CSV file become token numbers; the test texts teach nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scpl_compile.errors import DataError
+from scpl_compile.inputs import parse_inputs
+from scpl_compile.runtime.datasets import open_splits
+from scpl_compile.runtime.splits import Splits
+from scpl_compile.runtime.text import words_of
+
+WITH_MASK = "ids:int64:5<6,mask:int64:5<2"
+TEXTS = """text,label,split
+"Good, good film!",pos,train
+bad film,neg,train
+"a good ""film"" with a very long tail",pos,train
+unseen words,neg,test
+good,pos,validation
+"""
+
+
+def opened(folder: Path, text: str, inputs: str = WITH_MASK, name: str = "data.csv") -> Splits:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    names = [part.split(":")[0] for part in inputs.split(",")]
+    return open_splits(f"csv:{path}", inputs=parse_inputs(inputs, names))
+
+
+def test_words_are_lower_case_and_signs_stand_alone() -> None:
+    assert words_of("It's GOOD, né?") == ["it", "'", "s", "good", ",", "né", "?"]
+
+
+def test_the_most_frequent_words_of_the_training_texts_have_numbers(tmp_path: Path) -> None:
+    found = opened(tmp_path, TEXTS)
+    # film 3, good 3, '"' 2, a 2 fill the vocabulary of 6; 0 and 1 are padding and all others
+    film, good, quote, a = 2, 3, 4, 5
+    ids, mask = found.train.inputs
+    assert ids.tolist() == [
+        [good, 1, good, film, 1],
+        [1, film, 0, 0, 0],
+        [a, good, quote, film, quote],
+    ]
+    assert mask.tolist() == [[1] * 5, [1, 1, 0, 0, 0], [1] * 5]
+    assert found.train.labels.tolist() == [1, 0, 1]  # neg, pos
+    assert found.test.inputs[0].tolist() == [[1, 1, 0, 0, 0]]
+    assert found.validation.inputs[0].tolist() == [[good, 0, 0, 0, 0]]
+    assert (found.num_classes, found.kind) == (2, "tensor")
+
+
+def test_without_a_mask_only_the_numbers_are_given(tmp_path: Path) -> None:
+    (ids,) = opened(tmp_path, TEXTS, "ids:int64:3<6").train.inputs
+    assert ids.shape == (3, 3) and ids.dtype == torch.int64
+
+
+def test_without_splits_a_fixed_share_of_every_label_is_taken(tmp_path: Path) -> None:
+    rows = "".join(f"word{i} thing{i % 7},{i % 2}\n" for i in range(200))
+    found = opened(tmp_path, f"text,label\n{rows}", "ids:int64:4<500,mask:int64:4<2")
+    again = opened(tmp_path, f"text,label\n{rows}", "ids:int64:4<500,mask:int64:4<2")
+    sizes = [len(part) for part in (found.train, found.validation, found.test)]
+    assert sizes == [140, 20, 40]
+    assert found.test.labels.bincount().tolist() == [20, 20]
+    assert torch.equal(found.test.inputs[0], again.test.inputs[0])
+    known = set(found.train.inputs[0].unique().tolist())
+    assert set(found.test.inputs[0].unique().tolist()) <= known | {1}
+
+
+def test_labels_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
+    rows = "".join(f"w,{label},train\n" for label in (10, 9, -1, "x"))
+    found = opened(tmp_path, f"text,label,split\n{rows}w,9,test\nw,9,validation\n")
+    assert found.train.labels.tolist() == [2, 1, 0, 3]
+
+
+def test_a_tsv_file_has_tabs(tmp_path: Path) -> None:
+    rows = "a\tone, two\nb\tthree\n" * 20
+    found = opened(tmp_path, f"label\ttext\n{rows}", "ids:int64:5<9", name="data.tsv")
+    assert found.num_classes == 2
+    assert (found.train.inputs[0] > 0).sum(1).unique().tolist() == [1, 3]
+
+
+def test_a_text_without_a_word_is_one_unknown_word(tmp_path: Path) -> None:
+    found = opened(tmp_path, TEXTS.replace("bad film", '"  "'))
+    assert found.train.inputs[1][1].tolist() == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,kind\na,b\n", r"has no column 'label'; its columns: text, kind"),
+        ("", "has no column 'label'; its columns: none"),
+        ("text,label\n", "has no rows"),
+        ("text,label\na,\n", "row 2: a text and a label are needed"),
+        ("text,label,split\na,b,train\nc,d,dev\n", r"row 3: split 'dev' is not train, validation"),
+        ("text,label,split\na,b,test\nc,d,test\n", "has no row whose split is train"),
+        ("text,label\na,b\nc,b\n", "has one label, 'b'; a classifier needs two"),
+        ("text,label\n" + 200_000 * "x" + ",a\n", "is damaged or cannot be read: field larger"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path, text)
+
+
+@pytest.mark.parametrize("inputs", ["x:float32:3x8x8", "ids:int64:5<9,kind:int64:5<2", "n:int64"])
+def test_a_model_that_takes_something_else_is_told(tmp_path: Path, inputs: str) -> None:
+    with pytest.raises(DataError, match="gives token numbers and a mask, and the model takes"):
+        opened(tmp_path, TEXTS, inputs)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone.csv is missing"):
+        open_splits(f"csv:{tmp_path}/gone.csv", inputs=parse_inputs(WITH_MASK, ["ids", "mask"]))

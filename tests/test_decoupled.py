@@ -1,0 +1,115 @@
+"""What holds of every method that stops gradients at the cuts, one's own included.
+
+Gradient isolation and coverage have suites of their own.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.exactness.main import CASES, Batches, Outcome, differences, run
+from scpl_compile import Program
+from scpl_compile.runtime import checkpoint
+from small_nets import DECOUPLED, OWN_METHOD, compiled
+
+STEPS = 6
+
+
+@cache
+def small(method: str) -> tuple[Program, Batches, Outcome]:
+    """The small net in three stages, its batches (the last of one sample), one stage at a time."""
+    case = CASES["small_net"]
+    program = case.compile(3, **DECOUPLED[method])
+    batches = case.batches(program, [case.batch_size] * (STEPS - 1) + [1])
+    return program, batches, run(program, batches, "sequential")
+
+
+@pytest.mark.parametrize("method", DECOUPLED)
+@pytest.mark.parametrize("schedule", ["stream", "in_step"])
+def test_the_schedules_leave_the_same_bits(method: str, schedule: str) -> None:
+    program, batches, expected = small(method)
+    for repeat in range(3):
+        assert differences(run(program, batches, schedule, jitter=repeat), expected) == []
+
+
+@pytest.mark.parametrize("method", DECOUPLED)
+def test_a_checkpoint_goes_on_as_if_uninterrupted(method: str, tmp_path: Path) -> None:
+    program, batches, expected = small(method)
+    with program.trainer(schedule="stream") as trainer:
+        for inputs, labels in batches[:3]:
+            trainer.step(inputs, labels)
+        trainer.save(tmp_path, {})
+        trainer.wait_saved()
+
+    def resumed(**options: Any) -> Any:
+        trainer = program.trainer(seed=5, **options)
+        trainer.load(checkpoint.latest(tmp_path))
+        return trainer
+
+    found = run(program, batches[3:], "stream", trainer=resumed)
+    assert found.states == expected.states
+    assert found.losses == [rows[3:] for rows in expected.losses]
+
+
+@pytest.mark.parametrize("method", DECOUPLED)
+@pytest.mark.parametrize("name", ["cnn", "lstm", "unet"])
+def test_exits_are_the_stages_classifiers_and_the_last_the_models_own(
+    name: str, method: str
+) -> None:
+    program = compiled(name, 3, **DECOUPLED[method]).program
+    inputs = compiled(name, 3, **DECOUPLED[method]).batches[0][0]
+    with program.trainer() as trainer:
+        exits = trainer.predict(inputs)
+        with torch.no_grad():
+            expected = trainer.model.eval()(*inputs)
+    has_exits = method.split()[0] in ("early_exit", "deinforeg", "dascpl")
+    assert len(exits) == (3 if has_exits else 1)
+    assert {tuple(logits.shape) for logits in exits} == {(6, 4)}
+    if method != "al":  # whose own logits come back through the decoders
+        torch.testing.assert_close(exits[-1], expected)
+
+
+@pytest.mark.parametrize("method", ["predsim", "deinforeg", "dascpl", OWN_METHOD])
+def test_an_emitted_program_trains_and_is_evaluated(
+    scpl: Callable[..., Any], train: Callable[..., Any], net_file: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "out"
+    made = scpl("compile", f"{net_file}:build_model", "--input", "1x8x8", "--stages", 3,
+                "--method", method, "-o", out)  # fmt: skip
+    assert made.exit_code == 0, made.output
+    ran = train(out, "--data", "random:48", "--batch-size", 16, "--epochs", 1)
+    assert ran.code == 0, ran.stderr
+    trained = json.loads((out / "run" / "result.json").read_text())
+    found = scpl("evaluate", out, "--data", "random:48", "--json")
+    assert found.exit_code == 0, found.output
+    evaluated = json.loads(found.stdout.splitlines()[-1])
+    for key in ("accuracy", "exit_accuracies"):
+        assert evaluated.get(key) == trained.get(key)
+
+
+def test_exits_are_evaluated_only_where_their_weights_are(
+    scpl: Callable[..., Any], train: Callable[..., Any], net_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    scpl("compile", f"{net_file}:build_model", "--input", "1x8x8", "--stages", 3,
+         "--method", "early_exit", "-o", out, "--no-verify")  # fmt: skip
+    assert train(out, "--data", "random:48", "--epochs", 2).code == 0
+    arguments = ("evaluate", out, "--data", "random:48", "--json", "--split", "train")
+    with_rule = (*arguments, "--exit", "confidence:0.3")
+    found = json.loads(scpl(*with_rule).stdout.splitlines()[-1])
+    assert sum(found["exit_shares"]) == pytest.approx(1) and found["compute"] > 0
+    assert scpl(*arguments, "--exit", "sure").exit_code == 1
+    for name in ("exit-0", "exit-1"):
+        (out / "run" / f"{name}.safetensors").unlink()
+    assert "exit_accuracies" not in json.loads(scpl(*arguments).stdout.splitlines()[-1])
+    refused = scpl(*with_rule)
+    assert refused.exit_code == 1
+    assert (
+        "exit-0.safetensors is missing, the weights of a head that inference needs"
+        in refused.stderr
+    )
