@@ -25,6 +25,7 @@ from scpl_compile.capture.state import RandomState
 from scpl_compile.capture.values import plain_tensors
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Scalar
+from scpl_compile.runtime.allocator import give_back_freed_memory
 from scpl_compile.runtime.program import Verification
 from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.runtime.trainer import StageClass
@@ -207,6 +208,7 @@ class _Check:
                 if backward:
                     weighted(output).backward()
             truth = output.detach()
+            give_back_freed_memory()  # the stages' pass needs as much again, in other blocks
             if not training:
                 self._evaluate()
             with same_start(self.model), stops_open(self.stages), taken_gradients(leaves) as actual:

@@ -102,7 +102,9 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, message: 
         opened(tmp_path, text)
 
 
-@pytest.mark.parametrize("inputs", ["x:float32:3x8x8", "ids:int64:5<9,kind:int64:5<2", "n:int64"])
+@pytest.mark.parametrize(
+    "inputs", ["x:float32:3x8x8", "ids:int64:5<9,kind:int64:5<2", "n:int64:3x2<9"]
+)
 def test_a_model_that_takes_something_else_is_told(tmp_path: Path, inputs: str) -> None:
     with pytest.raises(DataError, match="gives token numbers and a mask, and the model takes"):
         opened(tmp_path, TEXTS, inputs)
