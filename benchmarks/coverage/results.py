@@ -184,11 +184,14 @@ def _result_text(rows: Sequence[Row]) -> str:
     lines = [_HEAD, tuple("---" for _ in _HEAD), *_family_lines(rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     machines = Counter((r["machine"], r["threads"], r["versions"], r["commit"]) for r in rows)
-    (machine, threads, versions, commit), _ = machines.most_common(1)[0]
+    taken = "\n".join(
+        f"- {count} rows: {machine}, {threads} {'thread' if threads == '1' else 'threads'}; "
+        f"{versions}; commit {commit}"
+        for (machine, threads, versions, commit), count in machines.most_common()
+    )
     return (
         f"{table}\n\nThe time grows with the number of graph nodes to the power "
-        f"{growth(rows):.2f} ([plot](time.png)).\n\n"
-        f"{machine}, {threads} threads; {versions}; commit {commit}."
+        f"{growth(rows):.2f} ([plot](time.png)).\n\n{taken}"
     )
 
 
