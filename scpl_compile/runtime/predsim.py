@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scpl_compile.runtime.head_spec import HeadSpec, Shapes, TensorPath, option_error, tensor_paths
 from scpl_compile.runtime.heads import Projection, Trunk, in_dtype_of
-from scpl_compile.runtime.losses import cross_entropy
+from scpl_compile.runtime.losses import Gather, cross_entropy
 from scpl_compile.runtime.similarity import similarity_to_labels
 
 __all__ = ["PredSim"]
@@ -25,7 +25,8 @@ class PredSim(nn.Module):
     The convolution keeps the channels; tokens and vectors have a linear layer in its place, and a
     vector is compared as it is. The two terms have the weights 1 - similarity and similarity.
 
-    in_shapes, batch_dims: see `heads.Trunk`. pooling, layout: see `HeadSpec`.
+    in_shapes, batch_dims: see `heads.Trunk`. pooling, layout: see `HeadSpec`. gather: set it to
+    compare the features of all replicas.
 
     Raises:
         MethodError: an option or a shape does not fit.
@@ -49,6 +50,7 @@ class PredSim(nn.Module):
         self._batch_dims = tuple(batch_dims) or (0,) * len(self._paths)
         self._num_classes = num_classes
         self._similarity = similarity
+        self.gather: Gather | None = None
         self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
         self.classifier = Projection("linear", self.trunk.out_features, hidden=0, out=num_classes)
         self.maps = nn.ModuleList(_map_of(path) for path in self._paths)
@@ -59,7 +61,10 @@ class PredSim(nn.Module):
         """Both terms by name, each a scalar times its weight; arguments as `LocalLoss`."""
         plan = zip(features, self._paths, self._batch_dims, self.maps, strict=True)
         spread = torch.cat([_spread(x, path, dim, layer) for x, path, dim, layer in plan], dim=1)
-        similar = similarity_to_labels(spread, labels, self._num_classes)
+        classes = labels
+        if self.gather is not None:
+            spread, classes = self.gather(spread, labels)
+        similar = similarity_to_labels(spread, classes, self._num_classes)
         wrong = cross_entropy(self.logits(*features, mask=mask), labels)
         return {
             "similarity": self._similarity * similar,

@@ -69,6 +69,11 @@ class RankTrainer(Trainer):
         batch_size: int | None = None,
         **options: Any,
     ) -> None:
+        if contrast == "global" and _own_losses(plan):
+            raise MethodError(
+                f"contrast 'global': method {plan.method!r} has losses of your own, and each "
+                "replica computes them over its share of the batch; take contrast 'local'"
+            )
         self._ranks = ranks = ranks.apart()  # from the trainers before it
         self._names = names
         self._read = read
@@ -362,6 +367,10 @@ class RankTrainer(Trainer):
             for stage in self._stages:
                 seed = spread_seed(self._stage_seed(stage.index), self.num_steps)
                 stage.random = StageRandom(seed, stage.lane.device)
+
+
+def _own_losses(plan: Plan) -> bool:
+    return any(loss.source is not None for stage in plan.stages for loss in stage.losses)
 
 
 def _is_sharded(replicate: str, ranks: Ranks) -> bool:

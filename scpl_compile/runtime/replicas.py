@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scpl_compile.errors import MethodError
 from scpl_compile.runtime.losses import LocalLoss
+from scpl_compile.runtime.predsim import PredSim
 
 __all__ = ["TrainingStep", "averaged", "contrast_globally"]
 
@@ -62,7 +63,7 @@ def contrast_globally(stage: nn.Module, how: str, group: dist.ProcessGroup) -> N
         raise MethodError(f"contrast {how!r} is not one of local, global")
     if how == "global" and dist.get_world_size(group) > 1:
         for module in stage.modules():
-            if isinstance(module, LocalLoss):
+            if isinstance(module, (LocalLoss, PredSim)):
                 module.gather = _gatherer(group)
 
 
