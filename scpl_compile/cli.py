@@ -204,12 +204,12 @@ def evaluate(as_json: bool, **options: Any) -> None:
         f"({options['data']}, {options['split']})",
         err=True,
     )
-    if "compute" in result:
+    if "exit_shares" in result:
         shares = ", ".join(f"{100 * share:.0f} %" for share in result["exit_shares"])
-        click.echo(
-            f"{100 * result['compute']:.0f} % of the model's compute; left by exit: {shares}",
-            err=True,
-        )
+        compute = "compute not counted (recurrent layers)"
+        if result["compute"] is not None:
+            compute = f"{100 * result['compute']:.0f} % of the model's compute"
+        click.echo(f"{compute}; left by exit: {shares}", err=True)
     if as_json:
         click.echo(json.dumps(result))
 

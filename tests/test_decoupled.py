@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.exactness.main import CASES, Batches, Outcome, differences, run
-from scpl_compile import Program
+from scpl_compile import Program, compile_model
+from scpl_compile.errors import VerifyError
 from scpl_compile.runtime import checkpoint
 from small_nets import DECOUPLED, OWN_METHOD, compiled
 
@@ -113,3 +115,51 @@ def test_exits_are_evaluated_only_where_their_weights_are(
         "exit-0.safetensors is missing, the weights of a head that inference needs"
         in refused.stderr
     )
+
+
+NOISY = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from scpl_compile.methods import Method, cross_entropy_loss, module_loss
+
+class Noisy(nn.Module):
+    def __init__(self, *, num_classes, in_shapes):
+        super().__init__()
+        self.classifier = nn.Linear(in_shapes[0][-1], num_classes)
+
+    def forward(self, *features, labels, mask=None):
+        x = F.dropout(features[0], 0.5, True)
+        return {TERM: F.cross_entropy(self.classifier(x), labels)}
+
+class Mine(Method):
+    name = "mine"
+
+    def losses(self, view):
+        own = () if view.is_last and not CLASH else (
+            module_loss(Noisy, (view.output,) if view.is_last else view.sends, view),)
+        return own + ((cross_entropy_loss(view),) if view.is_last else ())
+"""
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_a_loss_that_draws_randomness_draws_that_of_its_stage(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(NOISY.replace("TERM", '"own"').replace("CLASH", "False"))
+    program = compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")
+    assert program.verification.random_stages == (0,)
+    batches = [((torch.randn(6, 8),), torch.arange(6) % 3) for _ in range(STEPS)]
+    expected = run(program, batches, "sequential")
+    for repeat in range(3):
+        assert differences(run(program, batches, "stream", jitter=repeat), expected) == []
+
+
+def test_two_terms_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(NOISY.replace("TERM", '"classifier"').replace("CLASH", "True"))
+    with pytest.raises(VerifyError, match="two of its losses give a term of the name 'classifier'"):
+        compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")

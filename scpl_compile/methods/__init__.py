@@ -88,7 +88,8 @@ def _own(spec: str) -> type[Method]:
             f"{spec} is no subclass of scpl_compile.methods.Method, which has losses(view)"
         )
     own = getattr(found, "name", "")
-    if not own.isidentifier() or own in METHODS:
+    is_name = isinstance(own, str) and own.isidentifier()
+    if not is_name or own in (*METHODS, *BP_SCHEDULES):
         raise MethodError(
             f"{spec} has the name {own!r}; give the class a `name` of its own, an identifier"
         )

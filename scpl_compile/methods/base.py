@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from scpl_compile.errors import MethodError
+from scpl_compile.errors import MethodError, ScplError
 from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
@@ -23,7 +23,32 @@ __all__ = [
     "features_of",
     "last_losses",
     "local_loss",
+    "losses_of",
 ]
+
+
+def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
+    """What `method` says of a stage, whoever wrote it.
+
+    Raises:
+        MethodError: its own, or it fails or gives something else than losses.
+    """
+    try:
+        found = method.losses(view)
+    except ScplError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise MethodError(f"losses() of method {method.name!r} fails: {kind}: {error}") from error
+    if not isinstance(found, (tuple, list)) or not all(isinstance(x, LocalLoss) for x in found):
+        raise MethodError(
+            f"losses() of method {method.name!r} must give a tuple of losses, not {found!r:.60}"
+        )
+    if sum(loss.has_head for loss in found) > 1:
+        raise MethodError(
+            f"losses() of method {method.name!r} gives several losses with a head; a stage has one"
+        )
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +113,7 @@ class Method(ABC):
             raise MethodError(f"method {cls.name!r} has no preset {preset!r}")
         try:
             return cls(**options)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             text = str(error).replace(f"{cls.__qualname__}.__init__() ", "")
             raise MethodError(f"method {cls.name!r}: {text}") from error
 
@@ -172,6 +197,10 @@ def last_losses(view: StageView, options: LossOptions, last: str) -> tuple[Local
 def cross_entropy_loss(view: StageView, *, stop_at: str = "") -> LocalLoss:
     """Cross entropy of the model's own logits; the gradient stops at `stop_at` ("": nowhere)."""
     options: Mapping[str, Scalar] = {"stop_at": stop_at} if stop_at else {}
-    assert view.output is not None, "only the last stage has the model's logits"
+    if view.output is None:
+        raise MethodError(
+            f"stage {view.index} does not have the model's logits, only the last one does "
+            "(view.is_last)"
+        )
     reads = (view.output.name,)
     return LocalLoss(name="classifier", kind="cross_entropy", reads=reads, options=options)

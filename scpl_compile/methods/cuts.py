@@ -18,7 +18,7 @@ from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import MethodError, PartitionError
 from scpl_compile.ir import LocalLoss, NodeCost, TensorMeta
-from scpl_compile.methods.base import Method
+from scpl_compile.methods.base import Method, losses_of
 from scpl_compile.methods.flow import meta_of
 from scpl_compile.methods.plan import candidate_view, last_view
 from scpl_compile.partition import PartitionProblem
@@ -54,7 +54,7 @@ def cut_problem(
             try:
                 view = candidate_view(candidate.crossing, capture, num_classes)
                 num_gradients = sum(carries_gradient[name] for name in candidate.crossing)
-                head_us = sum(loss_us(loss, device) for loss in method.losses(view))
+                head_us = sum(loss_us(loss, device) for loss in losses_of(method, view))
             except MethodError as error:
                 reason = str(error)
         allowed.append(reason is None)
@@ -68,7 +68,7 @@ def cut_problem(
         head_us=tuple(heads),
         penalty=tuple(penalties),
         tail_us=sum(
-            loss_us(loss, device) for loss in method.losses(last_view(capture, num_classes))
+            loss_us(loss, device) for loss in losses_of(method, last_view(capture, num_classes))
         ),
         reason=tuple(reasons),
     )

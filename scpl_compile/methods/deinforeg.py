@@ -6,8 +6,12 @@ the stage's pooled output without a gradient ("unmerge" in the released code); i
 logits of all stages.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Self
 
+from scpl_compile.errors import MethodError
+from scpl_compile.ir import Scalar
 from scpl_compile.methods.local import LocalMethod
 
 __all__ = ["DeInfoReg"]
@@ -27,3 +31,13 @@ class DeInfoReg(LocalMethod):
         }
     )
     exits = True
+
+    @classmethod
+    def make(
+        cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
+    ) -> Self:
+        """As LocalMethod; an option of the contrastive loss is refused."""
+        for name in ("temperature", "divisor", "impl", "objective"):
+            if name in options:
+                raise MethodError(f"method 'deinforeg' has no option {name!r}; method scpl has")
+        return super().make(options, preset=preset, is_text=is_text)

@@ -18,7 +18,7 @@ from scpl_compile.ir import (
     Stage,
     TensorMeta,
 )
-from scpl_compile.methods.base import Mask, Method, StageView, Value
+from scpl_compile.methods.base import Mask, Method, StageView, Value, losses_of
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 
 __all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
@@ -96,7 +96,8 @@ def build_plan(
     flow = find_flow(capture, stage_of, {})
     for k in range(num_stages):
         with context(f"stage {k}"):
-            losses.append(method.losses(_view(k, flow, nodes, capture, facts.num_classes)))
+            view = _view(k, flow, nodes, capture, facts.num_classes)
+            losses.append(losses_of(method, view))
     masks: dict[str, set[int]] = {}
     for k, items in enumerate(losses):
         for loss in items:

@@ -22,8 +22,8 @@ class PredSim(Method):
     presets = ("default", "paper")  # which are the same
 
     def __init__(self, *, similarity: float = 0.99, pooling: str = "auto") -> None:
-        if not 0 <= similarity <= 1:
-            raise MethodError(f"option similarity is {similarity}; it must be from 0 to 1")
+        if type(similarity) not in (int, float) or not 0 <= similarity <= 1:
+            raise MethodError(f"option similarity is {similarity!r}; it must be from 0 to 1")
         self._options: dict[str, Scalar] = {"similarity": float(similarity), "pooling": pooling}
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:

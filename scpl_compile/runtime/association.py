@@ -56,8 +56,8 @@ class Association(nn.Module):
         if activation not in _ACTIVATIONS:
             raise option_error("activation", activation, f"one of {', '.join(_ACTIVATIONS)}")
         for name, width in (("latent", latent), ("hidden", hidden)):
-            if width < 1:
-                raise option_error(name, width, "1 or more")
+            if type(width) is not int or width < 1:
+                raise option_error(name, width, "a whole number, 1 or more")
         spec = HeadSpec(head="identity", pooling=pooling, layout=layout)
         self.num_classes = num_classes
         self.is_first = is_first

@@ -17,7 +17,8 @@ class Evaluation:
     """accuracy and mean cross entropy of every exit (the last one is the model's own output).
 
     Where samples left early there is one accuracy and one loss. exit_shares: of the samples, by
-    exit; compute: forward FLOPs over those of all samples going through the model alone.
+    exit; compute: forward FLOPs over those of all samples going through the model alone, None where
+    they cannot be counted.
     """
 
     num_samples: int
@@ -53,9 +54,9 @@ class Tally:
             self._losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
         self._num_samples += len(labels)
 
-    def add_exits(self, exits: Tensor) -> None:
+    def add_exits(self, exits: Tensor, num_exits: int) -> None:
         """exits: (B,), the number of the exit by which each sample has left."""
-        counts = torch.bincount(exits, minlength=len(self.costs)).tolist()
+        counts = torch.bincount(exits, minlength=num_exits).tolist()
         left = self._left or [0] * len(counts)
         self._left = [a + b for a, b in zip(left, counts, strict=True)]
 
@@ -74,7 +75,7 @@ class Tally:
             accuracies=tuple(value / count for value in self._correct),
             losses=tuple(value / count for value in self._losses),
             exit_shares=tuple(left / count for left in self._left),
-            compute=self._compute() if self._left else None,
+            compute=self._compute() if self._left and self.costs else None,
         )
 
     def _compute(self) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
@@ -52,6 +52,13 @@ class ExitRule:
                 f"method {plan.method!r} has one exit, so no rule {text!r} of leaving early; "
                 "methods early_exit, dascpl and deinforeg have one for each stage"
             )
+        for cut in plan.cuts:
+            for crossing in cut.crossings:
+                if crossing.meta.batch_dim is None:
+                    raise MethodError(
+                        f"{crossing.name!r} crosses cut {cut.index} and has no batch dimension, so "
+                        "no sample can leave before it; cut elsewhere with --split-at"
+                    )
         return cls.parse(text)
 
     @classmethod
@@ -62,7 +69,7 @@ class ExitRule:
             limit = float(number)
         except ValueError:
             limit = -1.0
-        fits = {"confidence": 0 < limit <= 1, "agreement": limit >= 2 and limit == int(limit)}
+        fits = {"confidence": 0 < limit <= 1, "agreement": limit >= 2 and limit.is_integer()}
         if not fits.get(kind, False):
             raise MethodError(
                 f"exit rule {text!r} is not one of confidence:P, as in confidence:0.9, and "
@@ -100,9 +107,10 @@ def local_exit(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Te
 def bridged(plan: Plan, stage: StageStep, values: Mapping[str, Tensor]) -> Tensor:
     """Associated Learning: the code that the last stage's features stand for, float32 at least."""
     loss = head_of(plan, stage.index)
-    names = [values[name] for name in loss.reads]
+    reads = [values[name] for name in loss.reads]
+    mask = values[loss.mask] if loss.mask else None
     with stage.autocast():
-        code: Tensor = getattr(stage.module, loss.name).associate(*names)
+        code: Tensor = getattr(stage.module, loss.name).associate(*reads, mask=mask)
     return code.to(torch.promote_types(code.dtype, torch.float32))
 
 
@@ -181,8 +189,19 @@ class Inference:
         """Forward FLOPs of one sample that leaves by each exit, over those of the model alone.
 
         Counted on a batch, which runs through: matrix products and convolutions, as in
-        torch.utils.flop_counter.
+        torch.utils.flop_counter; that knows no recurrent layers: with one of them nothing is told.
         """
+        modules = [module for stage in self._stages for module in stage.module.modules()]
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            return []
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation, which counts as nothing
+        try:
+            return self._counted(values)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def _counted(self, values: Values) -> list[float]:
         total, model, found = 0, 0, []
         for k, kind in self._steps():
             with FlopCounterMode(display=False) as counter:
@@ -204,7 +223,7 @@ class Inference:
         tally.costs = tally.costs or self.costs(values)
         found = self.early(values, rule)
         tally.add([found.logits], labels)
-        tally.add_exits(found.exits)
+        tally.add_exits(found.exits, 1 + sum(kind == "X" for _, kind in self._steps()))
 
     def _steps(self) -> Iterator[tuple[int, str]]:
         for text in self._plan.inference:

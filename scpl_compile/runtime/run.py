@@ -376,7 +376,7 @@ def evaluation_facts(found: Evaluation) -> dict[str, Any]:
     facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
     if len(found.accuracies) > 1:
         facts["exit_accuracies"] = list(found.accuracies)
-    if found.compute is not None:
+    if found.exit_shares:
         facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
     return facts
 

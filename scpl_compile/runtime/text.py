@@ -74,7 +74,9 @@ def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
 def _wanted(spec: str, inputs: Inputs) -> tuple[int, int | None, bool]:
     """Length of a text, size of the vocabulary, and whether a mask is wanted."""
     ids, *others = inputs or [InputSpec(name="nothing", dtype="bool", shape=())]
-    is_mask = [_is_tokens(item) and "mask" in item.name for item in others]
+    is_mask = [
+        _is_tokens(item) and "mask" in item.name and "padding" not in item.name for item in others
+    ]
     if not _is_tokens(ids) or not all(is_mask) or len(others) > 1 or ids.last is not None:
         takes = ", ".join(map(str, inputs)) or "nothing that is known"
         raise DataError(
@@ -90,7 +92,7 @@ def _is_tokens(item: InputSpec) -> bool:
 
 def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
     """Texts, labels and parts of the rows; a part is "" where there is no such column."""
-    with reading(path), path.open(encoding="utf-8", newline="") as file:
+    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
         try:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             columns = reader.fieldnames or ()
@@ -101,9 +103,16 @@ def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
         raise DataError(
             f"{path} has no column {min(missing)!r}; its columns: {', '.join(columns) or 'none'}"
         )
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path} has two columns of one name; its columns: {', '.join(columns)}")
     for number, row in enumerate(rows, 2):
         part = row.get("split")
-        if not row["text"] or not row["label"]:
+        if None in row:
+            raise DataError(
+                f"{path}, row {number} has more columns than the first row; quote a text that has "
+                "commas"
+            )
+        if not row["text"] or not (row["label"] or "").strip():
             raise DataError(f"{path}, row {number}: a text and a label are needed")
         if "split" in columns and part not in _PARTS:
             raise DataError(f"{path}, row {number}: split {part!r} is not {', '.join(_PARTS)}")
@@ -111,7 +120,7 @@ def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
         raise DataError(f"{path} has no rows")
     return (
         [row["text"] for row in rows],
-        [row["label"] for row in rows],
+        [row["label"].strip() for row in rows],
         [row.get("split") or "" for row in rows],
     )
 

@@ -266,6 +266,8 @@ class _Check:
             place = f"the training step of stage {stage.index}"
             with context(place), running("it"):
                 sent, reached = check.run([received[name] for name in stage.receives])
+            if check.draws:
+                self.found.random_stages.add(stage.index)
             if check.recomputes:
                 self.found.recompute_stages.add(stage.index)
             own = {name: names.get(id(p), "") for name, p in module.named_parameters()}

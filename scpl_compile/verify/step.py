@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from scpl_compile.capture.state import RandomState
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Stage
 from scpl_compile.runtime.losses import cross_entropy
@@ -53,6 +54,7 @@ class StepCheck:
         forward ──▶ values ──▶ the plan's losses, gradients (stops opened)
 
     crossings: what the stage sends. recomputes: whether its backward ran the forward of a module.
+    draws: whether its forward or its losses moved a random generator.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class StepCheck:
         is_last = stage.index == plan.num_stages - 1
         self.crossings = () if is_last else plan.cuts[stage.index].crossings
         self.recomputes = False
+        self.draws = False
         self._plan = plan
         self._stage = stage
         self._model = model
@@ -78,7 +81,9 @@ class StepCheck:
         stage, module = self._stage, self._module
         versions, again = _versions(arguments), copies(arguments)
         with same_start(self._model):
+            before = RandomState.now()
             sent, losses = module.training_step(*arguments, labels=self._labels)
+            self.draws = before != RandomState.now()
             sent = as_tuple(sent)
             gradients = self._gradients(sent, losses, arguments)
             buffers = self._buffers()
@@ -154,6 +159,8 @@ class StepCheck:
         for loss in self._stage.losses:
             reads = tuple(values[name] for name in loss.reads)
             if loss.kind == "cross_entropy":
+                if loss.name in losses:
+                    raise VerifyError(f"two of its losses give a term of the name {loss.name!r}")
                 losses[loss.name] = cross_entropy(reads[0], self._labels)
                 continue
             with torch.device("meta"):
@@ -167,6 +174,8 @@ class StepCheck:
             found = torch.func.functional_call(planned, weights, reads, named)
             if loss.kind == "al":
                 found, values[loss.gives] = found
+            if both := sorted(losses.keys() & found.keys()):
+                raise VerifyError(f"two of its losses give a term of the name {both[0]!r}")
             losses |= found
         return losses
 

@@ -40,7 +40,7 @@ def test_a_last_stage_without_the_feature_of_its_classifier_takes_the_logits() -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latent": 0}, "option latent is 0; it must be 1 or more"),
+        ({"latent": 0}, "option latent is 0; it must be a whole number, 1 or more"),
         ({"activation": "relu"}, "option activation is 'relu'; it must be one of sigmoid, tanh"),
         ({"temperature": 1.0}, "method 'al': .*temperature"),
     ],
@@ -114,3 +114,29 @@ def test_it_learns() -> None:
         for _ in range(150):
             trainer.step(x, labels)
         assert trainer.evaluate([(x, labels)]).accuracy > 0.9
+
+
+class PerToken(nn.Module):
+    """A classifier per token, and the mean over those that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens = self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+        return (tokens * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def test_padding_does_not_count_at_inference_either() -> None:
+    torch.manual_seed(0)
+    program = compile_model(
+        PerToken(), "x:float32:5x4,mask:int64:5<2", split_at=("a",), method="al", num_classes=3
+    )
+    assert program.plan.stages[-1].losses[0].mask == "mask"
+    x, mask = torch.randn(6, 5, 4), torch.ones(6, 5, dtype=torch.int64)
+    mask[:, 3:] = 0
+    other = x.clone()
+    other[:, 3:] += 1
+    with program.trainer() as trainer:
+        torch.testing.assert_close(trainer.predict((x, mask)), trainer.predict((other, mask)))

@@ -9,6 +9,7 @@ from views import FIRST, LAST, NUM_CLASSES, TEXT
 
 from scpl_compile.errors import MethodError, SourceError
 from scpl_compile.methods import make_method, module_loss
+from scpl_compile.methods.base import losses_of
 from scpl_compile.runtime.loading import file_sha256, load_callable
 from scpl_compile.runtime.objectives import build_loss
 from scpl_compile.runtime.predsim import PredSim
@@ -86,6 +87,7 @@ def test_a_loss_that_cannot_be_used_is_told(tmp_path: Path, body: str, message: 
     ("spec", "name", "options", "error", "message"),
     [
         ("mine.py:Mine", "scpl", {}, MethodError, "has the name 'scpl'; give the class a `name`"),
+        ("mine.py:Mine", "ddp", {}, MethodError, "has the name 'ddp'"),
         ("mine.py:Mine", "my method", {}, MethodError, "has the name 'my method'"),
         ("mine.py:Mine", "mine", {"x": 1}, MethodError, "method 'mine': .*argument"),
         ("mine.py:NoMethod", "mine", {}, MethodError, "is no subclass of scpl_compile.methods.Me"),
@@ -123,3 +125,31 @@ def test_a_loss_inside_a_function_has_no_name_to_be_found_by() -> None:
 
     with pytest.raises(MethodError, match="must stand at the top of a Python file"):
         module_loss(Inner, FIRST.sends, FIRST)
+
+
+BROKEN = """
+from scpl_compile.methods import Method, cross_entropy_loss, module_loss
+from scpl_compile.runtime.predsim import PredSim
+
+class Mine(Method):
+    name = "mine"
+    def losses(self, view):
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return {}['x']", r"losses\(\) of method 'mine' fails: KeyError: 'x'"),
+        ("return None", "must give a tuple of losses, not None"),
+        ("return module_loss(PredSim, view.sends, view, kind='predsim')", "must give a tuple of"),
+        ("return 2 * (module_loss(PredSim, view.sends, view, kind='predsim'),)", "a stage has one"),
+        ("return (cross_entropy_loss(view),)", "stage 0 does not have the model's logits"),
+    ],
+)
+def test_losses_that_cannot_be_used_are_told(tmp_path: Path, body: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(BROKEN.format(body=body))
+    with pytest.raises(MethodError, match=message):
+        losses_of(make_method(f"{path}:Mine"), FIRST)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scpl_compile import compile_model
 from scpl_compile.errors import DataError, MethodError
 from scpl_compile.runtime.inference import ExitRule
 from scpl_compile.runtime.trainer import Trainer
@@ -108,7 +109,8 @@ def test_without_a_rule_all_exits_are_told_and_nobody_leaves() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "confidence", "confidence:", "confidence:0", "confidence:1.1", "confidence:nan",
-     "agreement:1", "agreement:2.5", "agreement:x", "patience:2"],
+     "agreement:1", "agreement:2.5", "agreement:x", "patience:2", "confidence:inf",
+     "agreement:inf"],
 )  # fmt: skip
 def test_what_is_no_rule_is_told(text: str) -> None:
     with pytest.raises(MethodError, match=r"is not one of confidence:P, as in confidence:0.9"):
@@ -126,3 +128,37 @@ def test_a_method_with_one_exit_has_no_rule() -> None:
 def test_evaluation_of_nothing_is_an_error() -> None:
     with trainer_of("cnn") as trainer, pytest.raises(DataError, match="there is no sample"):
         trainer.evaluate([], exit_rule="agreement:2")
+
+
+def test_recurrent_layers_are_not_counted_and_attention_is() -> None:
+    computes = {}
+    for name in ("lstm", "transformer"):
+        inputs = inputs_of(name)
+        labels = torch.zeros(len(inputs[0]), dtype=torch.int64)
+        with trainer_of(name) as trainer:
+            found = trainer.evaluate([(inputs, labels)], exit_rule="confidence:0.01")
+        assert found.exit_shares[0] == 1
+        computes[name] = found.compute
+    assert computes["lstm"] is None
+    assert computes["transformer"] is not None and computes["transformer"] < 0.6
+
+
+class Rows(nn.Module):
+    """Tokens become rows of their own: (B, 6, 8) is (6 B, 16) at the cut, beside (B, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.a(x).flatten(0, 1)
+        mean = rows.unflatten(0, (-1, 6)).mean(1)
+        logits: Tensor = self.c(self.b(rows).unflatten(0, (-1, 6)).mean(1) + mean)
+        return logits
+
+
+def test_no_sample_leaves_before_a_tensor_without_a_batch_dimension() -> None:
+    program = compile_model(Rows(), "6x8", split_at=("mean",), method="early_exit")
+    assert any(c.meta.batch_dim is None for c in program.plan.cuts[0].crossings)
+    with program.trainer() as trainer, pytest.raises(MethodError, match="has no batch dimension"):
+        trainer.predict_early(torch.randn(4, 6, 8), "agreement:2")

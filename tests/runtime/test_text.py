@@ -94,6 +94,8 @@ def test_a_text_without_a_word_is_one_unknown_word(tmp_path: Path) -> None:
         ("text,label,split\na,b,train\nc,d,dev\n", r"row 3: split 'dev' is not train, validation"),
         ("text,label,split\na,b,test\nc,d,test\n", "has no row whose split is train"),
         ("text,label\na,b\nc,b\n", "has one label, 'b'; a classifier needs two"),
+        ("text,label\nNice, well made,good\na,b\n", "row 2 has more columns than the first row"),
+        ("text,label,text\na,b,c\n", "has two columns of one name"),
         ("text,label\n" + 200_000 * "x" + ",a\n", "is damaged or cannot be read: field larger"),
     ],
 )
@@ -103,7 +105,13 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, message: 
 
 
 @pytest.mark.parametrize(
-    "inputs", ["x:float32:3x8x8", "ids:int64:5<9,kind:int64:5<2", "n:int64:3x2<9"]
+    "inputs",
+    [
+        "x:float32:3x8x8",
+        "ids:int64:5<9,kind:int64:5<2",
+        "ids:int64:5<9,padding_mask:int64:5<2",
+        "n:int64:3x2<9",
+    ],
 )
 def test_a_model_that_takes_something_else_is_told(tmp_path: Path, inputs: str) -> None:
     with pytest.raises(DataError, match="gives token numbers and a mask, and the model takes"):
@@ -113,3 +121,8 @@ def test_a_model_that_takes_something_else_is_told(tmp_path: Path, inputs: str) 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.csv is missing"):
         open_splits(f"csv:{tmp_path}/gone.csv", inputs=parse_inputs(WITH_MASK, ["ids", "mask"]))
+
+
+def test_blanks_around_a_label_and_a_mark_at_the_beginning_do_not_count(tmp_path: Path) -> None:
+    rows = "\ufefftext,label\n" + "one, good\ntwo,good \nthree,bad\n" * 10
+    assert opened(tmp_path, rows, "ids:int64:5<9").num_classes == 2
