@@ -9,9 +9,9 @@ import pytest
 SCRIPT = """
 import os, sys, time
 rank, what = os.environ["RANK"], sys.argv[1]
-print("rank", rank, "of", os.environ["WORLD_SIZE"], flush=True)
+os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())  # in one piece
 if what == "fails" and rank == "1":
-    print("error: a sentence", file=sys.stderr, flush=True)
+    os.write(2, b"error: a sentence\\n")
     sys.exit(3)
 if what == "dies" and rank == "1":
     os.kill(os.getpid(), 9)
