@@ -1,181 +1,96 @@
-"""Accuracy on Fashion-MNIST: `python benchmarks/accuracy/main.py [--study] [--seed S ...]`.
+"""The methods on real data: `python benchmarks/accuracy/main.py [--workers 2] [--only TEXT ...]`.
 
-The small VGG-style net (benchmarks.models:paper_net) in the four stages of its four parts, Adam
-1e-3 with a cosine to 1e-5, 2 epochs, no augmentation.
+Four models, seven methods, two and four stages, three seeds; every run is some rows of results.csv,
+and one whose rows are there is not repeated: stop it and start it as you like. In this order:
 
-Without --study: the default, the released algorithm (--preset paper), Early Exit and plain
-backpropagation; float32, schedule `stream`, batch 128 (the default of an emitted program); the test
-split is read once, after training.
+    main.py --costs     parameters, FLOPs and memory of every method     (minutes)
+    main.py --times     a training step on two ranks, machine idle       (minutes)
+    main.py             all runs at equal epochs, then at equal time     (hours)
+    main.py --variants  what was tried for the default, by the validation split
+    main.py --report    tables and pictures, from results.csv
 
---study: the heads that the default was chosen from, by accuracy on the validation split; batch 256,
-one thread, bfloat16 autocast, stages one after another, so that it ends in a bearable time.
+--only keeps the runs whose name or candidate has TEXT. --full-width: the released widths, one run
+at a time, for a machine with GPUs. The sentences come from sentences.py.
 """
 
 import argparse
+import json
+import multiprocessing
+import os
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+from benchmarks.accuracy import report  # noqa: E402
+from benchmarks.accuracy.cases import METHODS, VARIANTS, Case, at_equal_time, cases  # noqa: E402
+from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E402
+from benchmarks.accuracy.training import cost_rows, train_rows  # noqa: E402
+from benchmarks.measure import read_rows, table, write_rows  # noqa: E402
 
-from benchmarks.measure import table, write_rows  # noqa: E402
-from benchmarks.models import paper_net  # noqa: E402
-from scpl_compile import Program, Trainer, compile_model  # noqa: E402
-from scpl_compile.ir import Scalar  # noqa: E402
-from scpl_compile.runtime.data import Loader  # noqa: E402
-from scpl_compile.runtime.datasets import open_splits  # noqa: E402
-
-EPOCHS = 2
-PARTS = ("part1", "part2", "part3")
-
-
-def conv(**options: Scalar) -> dict[str, Scalar]:
-    """A convolutional head with a linear projection of 64."""
-    return {"head": "conv", "hidden": 0, "out": 64, **options}
-
-
-NARROW = conv(conv_size=8, stride=2, channel_multiplier=2.0, channel_limit=96, pooling="avg:2")
-STUDY: Mapping[str, tuple[str, str, dict[str, Scalar]]] = {
-    "backpropagation": ("bp", "default", {}),
-    "released (paper)": ("scpl", "paper", {}),
-    "released, last stage through": ("scpl", "paper", {"last": "through"}),
-    "mlp avg:4": ("scpl", "default", {"head": "mlp", "pooling": "avg:4", "hidden": 128, "out": 64}),
-    "mlp avg:4, contrast alone": (
-        "scpl",
-        "default",
-        {"head": "mlp", "pooling": "avg:4", "hidden": 128, "out": 64, "cross_entropy": 0.0},
-    ),
-    "conv 8, x2 up to 96, avg:2": ("scpl", "default", NARROW),
-    "conv 8, x2 up to 96, avg:2, contrast 0.3": ("scpl", "default", {**NARROW, "contrast": 0.3}),
-    "conv 8, x2 up to 96, avg:2, no contrast": (
-        "early_exit", "default", {key: value for key, value in NARROW.items() if key != "out"},
-    ),
-    "conv 8, x2 up to 96, avg:2, released last stage": (
-        "scpl", "default", {**NARROW, "last": "released"},
-    ),
-    "conv 7, x1 up to 96, avg:4": (
-        "scpl", "default",
-        conv(conv_size=7, stride=2, channel_multiplier=1.0, channel_limit=96, pooling="avg:4"),
-    ),
-    "conv 8, x1.5 up to 96, avg:4": (
-        "scpl", "default",
-        conv(conv_size=8, stride=2, channel_multiplier=1.5, channel_limit=96, pooling="avg:4"),
-    ),
-    "conv 4 stride 1, x1 up to 128, avg:2": (
-        "scpl", "default",
-        conv(conv_size=4, stride=1, channel_multiplier=1.0, channel_limit=128, pooling="avg:2"),
-    ),
-}  # fmt: skip
-CLAIM: Mapping[str, tuple[str, str, dict[str, Scalar]]] = {
-    "default": ("scpl", "default", {}),
-    "released (paper)": ("scpl", "paper", {}),
-    "early_exit": ("early_exit", "default", {}),
-    "backpropagation": ("bp", "default", {}),
-}
+RESULTS = Path(__file__).with_name("results.csv")
+Work = Callable[[Case], list[dict[str, object]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--study", action="store_true", help="compare heads on the validation split"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--full-width", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
-    parser.add_argument("--only", action="append", help="these candidates")
+    parser.add_argument("--only", action="append", default=[], help="in the run's name")
     options = parser.parse_args()
-    candidates = STUDY if options.study else CLAIM
-    for seed in options.seed or (0, 1, 2):
-        for name in options.only or candidates:
-            rows = run(name, candidates[name], seed, options.study)
-            table(rows)
-            write_rows(Path(__file__).with_name("results.csv"), rows)
+    if options.report:
+        report.write(RESULTS)
+        return
+    seeds = tuple(options.seed or (0, 1, 2))
+    chosen = VARIANTS if options.variants else METHODS
+    all_cases = cases(chosen, seeds=seeds, is_full_width=options.full_width)
+    wanted = [
+        case for case in all_cases
+        if all(text in f"{case.name}, {case.candidate}" for text in options.only)
+    ]  # fmt: skip
+    if options.costs or options.times:
+        firsts = [case for case in wanted if case.seed == seeds[0]]
+        pairs = [case for case in firsts if case.num_stages == 2] if options.times else firsts
+        work, metric = (
+            (step_time_rows, "step time") if options.times else (cost_rows, "peak memory")
+        )
+        run_all(work, pairs, metric, 1)
+        return
+    run_all(train_rows, wanted, "test accuracy", options.workers)
+    if not options.variants:
+        run_all(train_rows, list(equal_time(wanted)), "test accuracy", options.workers)
 
 
-def run(
-    name: str, candidate: tuple[str, str, dict[str, Scalar]], seed: int, is_study: bool
-) -> list[dict[str, object]]:
-    """The rows of one training run."""
-    method, preset, options = candidate
-    batch_size = 256 if is_study else 128
-    torch.manual_seed(seed)
-    program = compile_model(
-        paper_net(),
-        torch.zeros(batch_size, 1, 28, 28),
-        num_classes=10,
-        split_at=PARTS,
-        method=method,
-        preset=preset,
-        options=options,
-        threads_per_stage=1,
-        verify=not is_study,
-    )
-    loader = Loader(
-        open_splits("fashion-mnist"),
-        inputs=program.plan.inputs,
-        num_classes=10,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    start = time.perf_counter()
-    accuracy = train(program, loader, seed, is_study)
-    seconds = time.perf_counter() - start
-    common = {
-        "benchmark": "accuracy",
-        "candidate": name,
-        "threads": 1,
-        "device": "cpu",
-        "n": 1,
-        "case": f"{'head study, ' if is_study else ''}seed {seed}",
-        "config": {
-            "epochs": EPOCHS,
-            "batch": batch_size,
-            "method": method,
-            "preset": preset,
-            **options,
-            "precision": "bfloat16 autocast" if is_study else "float32",
-        },
-    }
-    split = "validation" if is_study else "test"
-    return [
-        common | {"metric": f"{split} accuracy", "unit": "%", "value": 100 * accuracy},
-        common | {"metric": "training time", "unit": "s", "value": seconds},
-    ]
+def equal_time(wanted: Iterable[Case]) -> Iterable[Case]:
+    """The runs of two stages again, each with the time that bp takes; where times were taken."""
+    rows = read_rows(RESULTS)
+    for case in wanted:
+        share = time_share(rows, case)
+        if share is not None and case.num_stages == 2 and case.candidate != "bp":
+            yield at_equal_time(case, share)
 
 
-def train(program: Program, loader: Loader, seed: int, is_study: bool) -> float:
-    """Accuracy after training: on the validation split in the study, else on the test split."""
-    schedule = (
-        program.plan.schedule if program.plan.method == "bp" or not is_study else "sequential"
-    )
-    with program.trainer(
-        seed=seed,
-        schedule=schedule,
-        lr_schedule="cosine",
-        total_steps=EPOCHS * loader.num_batches,
-    ) as trainer:
-        if is_study:
-            trainer = _in_bfloat16(trainer)
-        for epoch in range(EPOCHS):
-            for batch in loader.epoch(epoch):
-                trainer.step(batch.inputs, batch.labels)
-        return trainer.evaluate(loader.evaluation("validation" if is_study else "test")).accuracy
-
-
-def _in_bfloat16(trainer: Trainer) -> Trainer:
-    """The same trainer, every stage's forward under autocast."""
-    for stage in trainer._stages:
-        step = stage._training_step
-
-        def training_step(*inputs: object, step: object = step, **labels: object) -> object:
-            with torch.autocast("cpu", torch.bfloat16):
-                sent, losses = step(*inputs, **labels)  # type: ignore[operator]
-            return tuple(value.float() for value in sent), losses
-
-        stage._training_step = training_step
-    return trainer
+def run_all(work: Work, wanted: Iterable[Case], metric: str, workers: int) -> None:
+    """Every case that has no row of this metric yet; each one's rows are written when it ends."""
+    done = {(row["case"], row["candidate"]) for row in read_rows(RESULTS) if row["metric"] == metric}
+    left = [case for case in wanted if (case.name, case.candidate) not in done]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=8) as pool:
+        futures = {pool.submit(work, case): case for case in left}
+        for number, future in enumerate(as_completed(futures), 1):
+            rows = future.result()
+            write_rows(RESULTS, rows)
+            table([row for row in rows if "epoch" not in str(row["metric"])])
+            print(json.dumps({"done": number, "of": len(left)}), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "balanced_cnn": (
         Case(
             model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10,
-            batch_size=64, steps=60, split_at=("block2",), options={"head": "mlp"},
+            batch_size=32, steps=100, split_at=("block2",), options={"head": "mlp"},
         ),
         3,
     ),

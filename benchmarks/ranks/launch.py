@@ -23,7 +23,7 @@ WORKER = Path(__file__).with_name("worker.py")
 class Case:
     """One model and batch. steps: of every timed call (filling the pipeline costs one of them).
 
-    options: of the heads and losses.
+    method, preset, options: of the program that streams. trainer: options of every trainer on ranks.
     """
 
     model: str
@@ -33,7 +33,10 @@ class Case:
     steps: int
     config: Mapping[str, Any] = field(default_factory=dict)
     split_at: tuple[str, ...] = ()
+    method: str = "scpl"
+    preset: str = "default"
     options: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +49,14 @@ class Host:
 
 
 def compile_case(case: Case, folder: Path) -> dict[str, Path]:
-    """The case's programs by method, in two stages. Each method is cut where it balances best."""
+    """Two programs in two stages, each cut where it balances best: "scpl", the case's method; "bp"."""
     programs = {}
-    for method in ("scpl", "bp"):
-        programs[method] = folder / method
+    methods: dict[str, dict[str, Any]] = {
+        "scpl": {"method": case.method, "preset": case.preset, "options": dict(case.options)},
+        "bp": {"method": "bp"},
+    }
+    for name, chosen in methods.items():
+        programs[name] = folder / name
         compile_model(
             case.model,
             case.inputs,
@@ -57,11 +64,10 @@ def compile_case(case: Case, folder: Path) -> dict[str, Path]:
             config=dict(case.config),
             num_stages=2,
             split_at=case.split_at,
-            method=method,
-            options=dict(case.options) if method == "scpl" else {},
             batch_size=case.batch_size,
             threads_per_stage=1,
-            out=programs[method],
+            out=programs[name],
+            **chosen,
         )
     return programs
 
@@ -88,7 +94,7 @@ def run_case(
             "--scpl", str(programs["scpl"]), "--bp", str(programs["bp"]),
             "--batch-size", str(case.batch_size), "--steps", str(num_steps),
             "--repeats", str(repeats), "--candidates", ";".join(candidates),
-            "--answer", str(answer),
+            "--trainer", json.dumps(dict(case.trainer)), "--answer", str(answer),
         ]  # fmt: skip
         port = _free_port()
         ranks = [

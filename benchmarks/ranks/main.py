@@ -26,7 +26,7 @@ _TEXT = "ids:int64:64<1000,mask:int64:64<2"
 
 CASES: dict[str, Case] = {
     "balanced_cnn": Case(
-        model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10, batch_size=64,
+        model="benchmarks.models:balanced_cnn", inputs="3x32x32", num_classes=10, batch_size=32,
         steps=100, split_at=("block2",), options={"head": "mlp"},
     ),
     "resnet18": Case(

@@ -40,10 +40,16 @@ MICROBATCHES = 8
 
 
 class Bench:
-    """The candidates of one case. scpl, bp: program directories. num_steps: of each timed call."""
+    """The candidates of one case. scpl, bp: program directories. num_steps: of each timed call.
 
-    def __init__(self, scpl: Path, bp: Path, batch_size: int, num_steps: int) -> None:
+    options: of every trainer on ranks.
+    """
+
+    def __init__(
+        self, scpl: Path, bp: Path, batch_size: int, num_steps: int, options: dict[str, Any]
+    ) -> None:
         self.programs = {"scpl": scpl, "bp": bp}
+        self.options = options
         self.num_steps = num_steps
         self.plan = read_plan(scpl)
         torch.manual_seed(0)
@@ -51,7 +57,7 @@ class Bench:
         self.values = dict(zip(names, example_inputs(self.plan.inputs, batch_size), strict=True))
         self.labels = torch.randint(self.plan.num_classes, (batch_size,))
 
-    def on_ranks(self, schedule: str, **options: Any) -> Run:
+    def on_ranks(self, schedule: str) -> Run:
         """num_steps training steps over both ranks."""
         directory = self.programs["scpl" if schedule in ("stream", "in_step") else "bp"]
         plan = read_plan(directory)
@@ -67,7 +73,7 @@ class Bench:
             threads_per_stage=1,
             microbatches=MICROBATCHES,
             batch_size=len(labels),
-            **options,
+            **self.options,
         )
 
         def run() -> None:
@@ -191,6 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--candidates", required=True, help="names, separated by ;")
+    parser.add_argument("--trainer", type=json.loads, default={}, help="options, as JSON")
     parser.add_argument("--answer", type=Path, required=True)
     options = parser.parse_args()
     keep_freed_memory()  # as every emitted program does
@@ -199,7 +206,9 @@ def main() -> None:
     stage_names = [
         name for name in names if not name.startswith(("stage", "both", "one", "threads"))
     ]
-    bench = Bench(options.scpl, options.bp, options.batch_size, options.steps)
+    bench = Bench(
+        options.scpl, options.bp, options.batch_size, options.steps, options.trainer
+    )
     # The process group first: what waits for the other rank needs it.
     candidates = bench.candidates(stage_names + [n for n in names if n not in stage_names])
     stats = compare(candidates, repeats=options.repeats, warmup=1)

@@ -241,6 +241,6 @@ class Inference:
         found = {}
         for crossing in self._plan.cuts[k].crossings:
             value, dim = values[crossing.name], crossing.meta.batch_dim
-            index = rows.nonzero()[:, 0].to(value.device)
-            found[crossing.name] = value if dim is None else value.index_select(dim, index)
+            assert dim is not None, "ExitRule.of has looked"
+            found[crossing.name] = value.index_select(dim, rows.nonzero()[:, 0].to(value.device))
         return found

@@ -16,7 +16,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from scpl_compile.errors import MethodError, ScplError, TrainingError
 from scpl_compile.runtime.memory import remedy
 
-__all__ = ["TIMEOUT_S", "Meeting", "Watch", "meet", "reason"]
+__all__ = ["TIMEOUT_S", "Meeting", "Watch", "meet", "reason", "telling_lost_ranks"]
 
 TIMEOUT_S = 600.0
 """How long a rank waits for another one that says nothing."""
@@ -196,6 +197,24 @@ def reason(error: BaseException) -> str:
     """What torch.distributed says, without the place in its source and its advice."""
     first = str(error).strip().splitlines()[0]
     return re.sub(r"^\[\S+:\d+\] ", "", first).split(". ")[0]
+
+
+@contextmanager
+def telling_lost_ranks(who: str) -> Iterator[None]:
+    """torch.distributed's errors as ours, with who was waiting; other errors pass.
+
+    Raises:
+        TrainingError: another rank has ended, or its link.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"{who} has lost its neighbour: {reason(error)}; see the first error of the other "
+            "ranks, and that the link is up"
+        ) from error
 
 
 def meet() -> Meeting:

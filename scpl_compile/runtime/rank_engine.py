@@ -15,17 +15,15 @@ The lists of actions and their gates are those of actions.py, as in the engine o
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scpl_compile.actions import Action, gates, step_kinds
-from scpl_compile.errors import TrainingError
 from scpl_compile.runtime.engine import Event, StageState
-from scpl_compile.runtime.meeting import reason
+from scpl_compile.runtime.meeting import telling_lost_ranks
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.wire import Inbox, Key, Outbox
@@ -64,6 +62,7 @@ class RankEngine:
         self.num_steps = first_step
         self.events: deque[Event] = deque(maxlen=max_events)
         self._ranks = ranks
+        self._name = f"stage {stage.index} (rank {ranks.rank})"
         self._schedule = schedule
         self._first_step = first_step
         self._records = record_events
@@ -74,7 +73,7 @@ class RankEngine:
         device, k = stage.lane.device, stage.index
         is_first, is_last = k == 0, k == len(ranks.columns) - 1
         gradients = schedule == "bp"
-        with self.telling_failures():
+        with telling_lost_ranks(self._name):
             self._inbox = None if is_first else Inbox(ranks.rank_of(k - 1), before, device)
             self._outbox = (
                 None if is_last else Outbox(ranks.rank_of(k + 1), after, device, self._inbox)
@@ -99,7 +98,8 @@ class RankEngine:
             return
         if not self._inbox.knows(key):
             self.finish()  # to wait for a header while a batch waits here could be for ever
-        with self.telling_failures(), self.stage.lane.scope():  # after what reads that slot now
+        # The stage's own stream: after what reads that slot now.
+        with telling_lost_ranks(self._name), self.stage.lane.scope():
             self._inbox.post(key)
         self.finish()
         self._pending = (step, values, labels, key)
@@ -114,7 +114,7 @@ class RankEngine:
         """Run what waits here, then wait until every rank has finished what was submitted."""
         self.finish()
         self.stage.lane.synchronize()
-        with self.telling_failures():
+        with telling_lost_ranks(self._name):
             # Nothing stays under way: another engine among these ranks would take it for its own.
             self._pass_gates(self.num_steps)
             self._ranks.barrier()
@@ -138,7 +138,7 @@ class RankEngine:
         with stage.lane.scope():
             for kind in step_kinds(self._schedule, stage.index, len(self._ranks.columns)):
                 start = time.perf_counter_ns()
-                with self.telling_failures():
+                with telling_lost_ranks(self._name):
                     self._execute(kind, step, values, labels, key)
                 if self._records:
                     action = Action(stage.index, kind, step)
@@ -208,24 +208,6 @@ class RankEngine:
 
     def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
         return gates(self._schedule, Action(stage, "F", step), len(self._ranks.columns))
-
-    @contextmanager
-    def telling_failures(self) -> Iterator[None]:
-        """torch.distributed's errors as ours, with who was waiting."""
-        try:
-            yield
-        except dist.DistError as error:
-            raise self._lost(error) from error
-        except RuntimeError as error:
-            if "gloo" not in str(error).lower():
-                raise
-            raise self._lost(error) from error
-
-    def _lost(self, error: Exception) -> TrainingError:
-        return TrainingError(
-            f"stage {self.stage.index} (rank {self._ranks.rank}) has lost its neighbour: "
-            f"{reason(error)}; see the first error of the other ranks, and that the link is up"
-        )
 
 
 def batch_key(values: dict[str, Tensor], labels: Tensor) -> Key:

@@ -21,6 +21,7 @@ from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.exits import save_exits
 from scpl_compile.runtime.inference import EarlyExits
 from scpl_compile.runtime.lane import Lane
+from scpl_compile.runtime.meeting import telling_lost_ranks
 from scpl_compile.runtime.own_stage import keep_stage
 from scpl_compile.runtime.randomness import StageRandom, spread_seed
 from scpl_compile.runtime.rank_engine import RankEngine
@@ -227,7 +228,8 @@ class RankTrainer(Trainer):
         values = named_inputs(self.plan.inputs, inputs)
         self.drain()
         labels = torch.zeros(num_samples(values), dtype=torch.int64)
-        return self._inference.shared(self._inference.run(values, labels)[0])
+        with telling_lost_ranks(f"rank {self._ranks.rank}"):
+            return self._inference.shared(self._inference.run(values, labels)[0])
 
     def predict_early(self, inputs: Inputs, rule: str) -> EarlyExits:
         """Not over ranks: how many rows a later stage gets depends on data.
@@ -250,6 +252,10 @@ class RankTrainer(Trainer):
         if exit_rule is not None:
             self.predict_early((), exit_rule)
         self.drain()
+        with telling_lost_ranks(f"rank {self._ranks.rank}"):
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: Iterable[Any]) -> Evaluation:
         exits = self._inference.exit_stages
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):

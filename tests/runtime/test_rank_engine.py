@@ -6,6 +6,7 @@ tensors without values, and other labels.
 """
 
 import pickle
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from scpl_compile.runtime.engine import Event
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.ranks import Ranks, join
 from scpl_compile.runtime.schedules import stage_columns
+from scpl_compile.runtime.stage_step import StageStep
 from scpl_compile.runtime.trainer import Trainer
 from stage_nets import differences, outcome
 
@@ -135,6 +137,17 @@ def run(case: Case, directory: Path, **options: Any) -> tuple[dict[str, object],
         return found, tuple(trainer.events)
 
 
+def resting() -> Any:
+    """Every U takes 2 ms in which it needs no core: ranks overlap where there are fewer cores."""
+    update = StageStep.update
+
+    def update_and_rest(self: StageStep, step: int) -> None:
+        update(self, step)
+        time.sleep(0.002)
+
+    return mock.patch.object(StageStep, "update", update_and_rest)
+
+
 def work(cases: Sequence[tuple[Case, Path]], results: Path) -> None:
     """All cases, one after another, in one process group."""
     warnings.simplefilter("error")
@@ -143,7 +156,7 @@ def work(cases: Sequence[tuple[Case, Path]], results: Path) -> None:
     for case, directory in cases:
         columns = stage_columns(case.schedule, case.num_stages)
         ranks = join(columns, ["cpu"], read_plan(directory).digest, {"case": str(case)})
-        with mock.patch.object(wire, "_LARGE", case.large or wire._LARGE):
+        with mock.patch.object(wire, "_LARGE", case.large or wire._LARGE), resting():
             found.append(run(case, directory, ranks=ranks))
         ranks.leave()
     assert ranks is not None

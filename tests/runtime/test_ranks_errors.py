@@ -16,7 +16,7 @@ import torch.distributed as dist
 from processes import SECONDS, Ended, start_programs, train_ranks, wait_all
 from run_files import QUICK
 from scpl_compile import compile_model
-from scpl_compile.runtime import ranks, stage_step
+from scpl_compile.runtime import rank_trainer, ranks, stage_step
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -214,6 +214,25 @@ def test_a_rank_that_is_killed(program: Path) -> None:
     ended = train_ranks(program, *QUICK, "--epochs", 3, before=kill_at_5)
     assert ended[1].code == -signal.SIGKILL
     check_told(ended, "stage 0 (rank 0) has lost its neighbour", "first error of the other ranks")
+    check_unfinished(program)
+
+
+def kill_in_evaluation() -> None:
+    evaluate = rank_trainer.RankTrainer._evaluate
+
+    def die(self: Any, batches: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate(self, batches)
+
+    rank_trainer.RankTrainer._evaluate = die  # type: ignore[method-assign]
+
+
+def test_a_rank_that_is_killed_in_evaluation(program: Path) -> None:
+    ended = train_ranks(program, *QUICK, "--epochs", 3, before=kill_in_evaluation)
+    assert ended[1].code == -signal.SIGKILL
+    check_told(ended, "rank 0 has lost its neighbour", "first error of the other ranks")
+    assert quiet(ended)
     check_unfinished(program)
 
 
