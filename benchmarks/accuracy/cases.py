@@ -2,11 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from scpl_compile.ir import Scalar
 
-__all__ = ["BUDGETS", "METHODS", "TASKS", "VARIANTS", "Case", "Candidate", "Task", "cases"]
+__all__ = [
+    "EXIT_THRESHOLDS",
+    "GROUPS",
+    "METHODS",
+    "TASKS",
+    "VARIANTS",
+    "WITH_EXITS",
+    "Candidate",
+    "Case",
+    "Group",
+    "Task",
+    "at_equal_time",
+    "cases",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +43,11 @@ class Task:
 _FAST = {"amp": "bf16", "channels_last": True}
 _IMAGES: dict[str, Any] = {
     "data": "fashion-mnist", "inputs": "1x28x28", "num_classes": 10, "batch_size": 128,
-    "epochs": 4, "trainer": _FAST,
+    "epochs": 3, "trainer": _FAST,
 }  # fmt: skip
 _TEXTS: dict[str, Any] = {
-    "data": "csv:sentences.csv", "inputs": "ids:int64:32<8000,mask:int64:32<2", "num_classes": 2,
-    "batch_size": 64, "epochs": 6,
+    "data": f"csv:{Path(__file__).with_name('sentences.csv')}",
+    "inputs": "ids:int64:32<8000,mask:int64:32<2", "num_classes": 2, "batch_size": 64, "epochs": 6,
 }  # fmt: skip
 TASKS: Mapping[str, Task] = {
     "vgg8": Task(model="vgg8", width=32, full_width=128, **_IMAGES),
@@ -65,10 +79,49 @@ METHODS: Mapping[str, Candidate] = {
 }
 """The table's, in its order. Backpropagation does not depend on the cuts and runs with K = 2."""
 
+WITH_EXITS: Mapping[str, Candidate] = {
+    "scpl with exits": Candidate(method="dascpl", options={"detach_classifier": False}),
+}
+"""The default's losses, with an exit in every stage."""
+
+EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+"""How sure an exit must be; one is chosen by the validation split."""
+
+ANSWERS: Mapping[str, Candidate] = {
+    **{
+        f"{name}, batch {size}": Candidate(method=name, batch_size=size)
+        for size in (32, 512, 1024)
+        for name in ("bp", "scpl")
+    },
+    **{
+        f"{name}, {told}": Candidate(method=name, augment=augment)
+        for told, augment in (("one augmented view", "basic"), ("two views", "strong"))
+        for name in ("bp", "scpl")
+    },
+}
+"""What the paper's reviewers asked: fair batch sizes, and the true cost of two views."""
+
 VARIANTS: Mapping[str, Candidate] = {}
 """Tried for the default; read by the validation split alone."""
 
-BUDGETS = ("equal epochs", "equal time")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Candidates on some tasks, cut into some numbers of stages."""
+
+    candidates: Mapping[str, Candidate]
+    tasks: tuple[str, ...]
+    num_stages: tuple[int, ...]
+
+
+_IMAGE_TASKS = ("vgg8", "resnet18")
+GROUPS: Mapping[str, Group] = {
+    "methods": Group(candidates=METHODS, tasks=tuple(TASKS), num_stages=(2, 4)),
+    "exits": Group(candidates=WITH_EXITS, tasks=_IMAGE_TASKS, num_stages=(4,)),
+    "losses": Group(candidates={"scpl": METHODS["scpl"]}, tasks=("resnet18",), num_stages=(8,)),
+    "answers": Group(candidates=ANSWERS, tasks=("resnet18",), num_stages=(2,)),
+    "variants": Group(candidates=VARIANTS, tasks=_IMAGE_TASKS, num_stages=(2, 4)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,17 +145,15 @@ class Case:
     @property
     def chosen(self) -> Candidate:
         """What is trained."""
-        return (METHODS | VARIANTS)[self.candidate]
+        return {**METHODS, **WITH_EXITS, **ANSWERS, **VARIANTS}[self.candidate]
 
 
-def cases(
-    candidates: Mapping[str, Candidate], *, seeds: tuple[int, ...], is_full_width: bool
-) -> Iterator[Case]:
-    """All runs at equal epochs; what is told first comes first."""
+def cases(group: Group, *, seeds: tuple[int, ...], is_full_width: bool) -> Iterator[Case]:
+    """All runs of a group at equal epochs, one seed after another."""
     for seed in seeds:
-        for task in TASKS:
-            for num_stages in (2, 4):
-                for name in candidates:
+        for task in group.tasks:
+            for num_stages in group.num_stages:
+                for name in group.candidates:
                     if name == "bp" and num_stages > 2:
                         continue
                     yield Case(
@@ -112,5 +163,5 @@ def cases(
 
 
 def at_equal_time(case: Case, share: float) -> Case:
-    """The same with two stages and as many epochs as fit; share: its step time over bp's."""
+    """The same with as many epochs as fit; share: its step's time over that of bp."""
     return replace(case, budget="equal time", epochs=TASKS[case.task].epochs / share)

@@ -93,7 +93,9 @@ class _LSTM(nn.Module):
         return logits
 
 
-def lstm(vocabulary: int = 8000, width: int = 128, depth: int = 4, num_classes: int = 2) -> nn.Module:
+def lstm(
+    vocabulary: int = 8000, width: int = 128, depth: int = 4, num_classes: int = 2
+) -> nn.Module:
     """`depth` LSTMs, each starting in the last state of the one before, and the masked mean."""
     return _LSTM(vocabulary, width, depth, num_classes)
 

@@ -1,23 +1,27 @@
-"""Tables and pictures of results.csv: `report.md`, `curves.png`, `wall_clock.png`, `losses.png`."""
+"""Tables and pictures of results.csv: report.md, curves.png, wall_clock.png, exits.png, answers.png."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
 
-from benchmarks.accuracy.cases import METHODS, TASKS
+from benchmarks.accuracy.cases import EXIT_THRESHOLDS, METHODS, TASKS, VARIANTS, WITH_EXITS
 from benchmarks.measure import read_rows
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 __all__ = ["write"]
 
 _TEST = "test accuracy"
 _VALIDATION = "validation accuracy"
+_MAY_LOSE = 0.3
+Point = tuple[float, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ class Figures:
 def write(results: Path) -> None:
     """Everything beside `results`."""
     figures = Figures.of(read_rows(results))
-    text = "\n\n".join([_accuracies(figures), _costs(figures)])
+    parts = [_accuracies(figures), _costs(figures), _exits(figures), _variants(figures)]
+    text = "\n\n".join(part for part in parts if part)
     results.with_name("report.md").write_text(f"# What results.csv says\n\n{text}\n")
     _curves(figures, results.with_name("curves.png"))
     _wall_clock(figures, results.with_name("wall_clock.png"))
+    _exit_curves(figures, results.with_name("exits.png"))
+    _answers(figures, results.with_name("answers.png"))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -156,3 +163,148 @@ def _wall_clock(figures: Figures, path: Path) -> None:
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _exit_points(
+    figures: Figures, task: str, name: str, split: str
+) -> list[list[tuple[float, float]]]:
+    """For every threshold (compute, accuracy) of each seed, in %."""
+    found = []
+    for threshold in EXIT_THRESHOLDS:
+        rule = f"confidence:{threshold}"
+        columns = (
+            figures.get(task, 4, "equal epochs", name, f"{split} {what}, {rule}")
+            for what in ("compute", "accuracy")
+        )
+        found.append(list(zip(*columns, strict=True)))
+    return found
+
+
+def _chosen(figures: Figures, task: str, name: str) -> list[tuple[float, float, float]]:
+    """Per seed (compute, accuracy, accuracy at full depth) on the test split, in %.
+
+    Of the thresholds that lose at most 0.3 points on the validation split the one that computes
+    least there.
+    """
+    validation = _exit_points(figures, task, name, "validation")
+    test = _exit_points(figures, task, name, "test")
+    full = figures.get(task, 4, "equal epochs", name, _VALIDATION)
+    told = figures.get(task, 4, "equal epochs", name, _TEST)
+    found = []
+    for seed in range(min(map(len, validation), default=0)):
+        kept = [
+            i for i, points in enumerate(validation) if points[seed][1] >= full[seed] - _MAY_LOSE
+        ]
+        best = min(kept, key=lambda i: validation[i][seed][0], default=len(validation) - 1)
+        found.append((*test[best][seed], told[seed]))
+    return found
+
+
+def _exits(figures: Figures) -> str:
+    lines = [
+        "Leaving early, four stages: the threshold that computes least among those that lose at most "
+        f"{_MAY_LOSE} points on the validation split; figures of the test split, in %.",
+        "",
+        "| model | method | compute | accuracy | accuracy at full depth | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        for name in ("early_exit", "predsim", "deinforeg", *WITH_EXITS):
+            if rows := _chosen(figures, task, name):
+                shown = " | ".join(_spread(column) for column in zip(*rows, strict=True))
+                lines.append(f"| {task} | {name} | {shown} | {len(rows)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _exit_curves(figures: Figures, path: Path) -> None:
+    """Accuracy against compute on the test split, mean of the seeds."""
+    tasks = [task for task in TASKS if any(_chosen(figures, task, name) for name in WITH_EXITS)]
+    if not tasks:
+        return
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for name in ("early_exit", *WITH_EXITS):
+            points = [
+                tuple(map(mean, zip(*seeds, strict=True)))
+                for seeds in _exit_points(figures, task, name, "test")
+                if seeds
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", label=name)
+                full = mean(figures.get(task, 4, "equal epochs", name, _TEST))
+                axis.axhline(full, linestyle=":", color=axis.lines[-1].get_color())
+        axis.set(title=f"{task}, K = 4", xlabel="compute, % of full depth",
+                 ylabel="test accuracy, % (dotted: full depth)")  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _answers(figures: Figures, path: Path) -> None:
+    """What reviewers asked, on resnet18: how many losses, which batch, what two views cost."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    test = partial(figures.get, "resnet18", budget="equal epochs", metric=_TEST)
+    _points(
+        axes[0],
+        {"scpl": [(k, test(k=k, candidate="bp" if k == 1 else "scpl")) for k in (1, 2, 4, 8)]},
+        "stages, each with a loss (1: backpropagation)",
+    )
+    sizes = (32, 128, 512, 1024)
+    batches = {
+        name: [(b, test(k=2, candidate=name if b == 128 else f"{name}, batch {b}")) for b in sizes]
+        for name in ("bp", "scpl")
+    }
+    _points(axes[1], batches, "batch")
+    axes[1].set_xscale("log", base=2)
+    seconds = partial(figures.get, "resnet18", 2, "equal epochs", metric="processor time")
+    views = {
+        name: [
+            (mean(seconds(candidate=one)), test(k=2, candidate=one))
+            for one in (name, f"{name}, one augmented view", f"{name}, two views")
+            if seconds(candidate=one)
+        ]
+        for name in ("bp", "scpl")
+    }
+    _points(axes[2], views, "seconds of processor: no, one, two augmented views")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _points(axis: Axes, lines: Mapping[str, list[Point]], label: str) -> None:
+    """Mean and deviation over the seeds; a line per candidate."""
+    for name, points in lines.items():
+        known = [(x, values) for x, values in points if values]
+        spread = [stdev(values) if len(values) > 1 else 0.0 for _, values in known]
+        means = [mean(values) for _, values in known]
+        axis.errorbar([x for x, _ in known], means, spread, marker="o", capsize=3, label=name)
+    axis.set(xlabel=label, ylabel="test accuracy, %", title="resnet18, equal epochs")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _variants(figures: Figures) -> str:
+    lines = [
+        "Tried for the default; accuracy on the validation split in %, FLOPs of a training step over "
+        "those of bp.",
+        "",
+        "| model | variant | K = 2 | K = 4 | FLOPs at K = 2 and 4 | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        for name in ("bp", "scpl", *VARIANTS):
+            found = [figures.get(task, k, "equal epochs", name, _VALIDATION) for k in (2, 4)]
+            if any(found):
+                shown = " | ".join(map(_spread, found))
+                added = ", ".join(_added(figures, task, k, name) for k in (2, 4))
+                lines.append(f"| {task} | {name} | {shown} | {added} | {max(map(len, found))} |")
+    return "\n".join(lines) if VARIANTS else ""
+
+
+def _added(figures: Figures, task: str, k: int, name: str) -> str:
+    metric = "FLOPs of a training step"
+    own = figures.get(task, k, "equal epochs", name, metric)
+    whole = figures.get(task, k, "equal epochs", "bp", metric)
+    return f"{100 * (own[0] / whole[0] - 1):+.1f} %" if own and whole else "?"

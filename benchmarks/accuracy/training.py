@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import models
-from benchmarks.accuracy.cases import TASKS, Case, Task
+from benchmarks.accuracy.cases import EXIT_THRESHOLDS, TASKS, Case, Task
 from benchmarks.measure import peak_memory
 from scpl_compile import Program, Trainer, compile_model
 from scpl_compile.runtime.allocator import keep_freed_memory
@@ -67,11 +67,27 @@ def train_rows(case: Case) -> list[dict[str, object]]:
             epoch += 1
             curve.append(trainer.evaluate(loader.evaluation("validation")).accuracy)
         seconds = time.process_time() - start
-        accuracy = trainer.evaluate(loader.evaluation("test")).accuracy
+        accuracies = trainer.evaluate(loader.evaluation("test")).accuracies
+        exits = _exit_curve(trainer, loader) if len(accuracies) > 1 else []
     metrics = [(f"validation accuracy, epoch {i}", value) for i, value in enumerate(curve, 1)]
-    metrics += [("validation accuracy", curve[-1]), ("test accuracy", accuracy)]
-    found = [_row(case, name, "%", 100 * value) for name, value in metrics]
+    metrics += [("validation accuracy", curve[-1]), ("test accuracy", accuracies[-1])]
+    found = [_row(case, name, "%", 100 * value) for name, value in [*metrics, *exits]]
     return [*found, _row(case, "processor time", "s", seconds)]
+
+
+def _exit_curve(trainer: Trainer, loader: Loader) -> list[tuple[str, float]]:
+    """Accuracy and compute (shares) where a sample leaves by the first exit that is so sure."""
+    found = []
+    for threshold in EXIT_THRESHOLDS:
+        for split in ("validation", "test"):
+            rule = f"confidence:{threshold}"
+            result = trainer.evaluate(loader.evaluation(split), exit_rule=rule)
+            assert result.compute is not None, "images: every operator is counted"
+            found += [
+                (f"{split} accuracy, {rule}", result.accuracy),
+                (f"{split} compute, {rule}", result.compute),
+            ]
+    return found
 
 
 def cost_rows(case: Case) -> list[dict[str, object]]:

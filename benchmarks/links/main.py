@@ -72,7 +72,7 @@ def measure(
         million = sum(stage.num_parameters for stage in plan.stages) / 1e6
         config = {"batch": case.batch_size, "crossing_mb": crossing / 1e6,
                   "million_parameters_with_heads": million, **case.config}  # fmt: skip
-        unlimited: Stats | None = None
+        unlimited: float | None = None
         for link in links or [NO_LINK, *LINKS]:
             with two_hosts(LINKS.get(link)) as host:
                 stats = run_case(case, programs, (*ON_RANKS, *ALONE), repeats=repeats, host=host)
@@ -82,24 +82,35 @@ def measure(
             }  # fmt: skip
             timed = stats_rows(stats, **common)
             rows += [row for row in timed if row["metric"] != "peak memory"]
-            unlimited = stats["stream"] if link == NO_LINK else unlimited
+            if link == NO_LINK:
+                unlimited = share_of_slower_stage(stats)
             rows += ratio_rows(stats, unlimited, crossing, LINKS.get(link), common)
     return rows
 
 
+def share_of_slower_stage(stats: dict[str, Stats]) -> float:
+    """The rate of stream over that of the slower stage alone, in the same run."""
+    return max(stats[key].median_ms for key in ALONE) / stats["stream"].median_ms
+
+
 def ratio_rows(
     stats: dict[str, Stats],
-    unlimited: Stats | None,
+    unlimited: float | None,
     crossing: int,
     rate: float | None,
     common: dict[str, Any],
 ) -> list[dict[str, object]]:
-    """What stream loses against no limit, and how much of a step the transfer takes."""
+    """What stream loses against no limit, and how much of a step the transfer takes.
+
+    Each link is a run of its own and the machine's speed moves between runs, so what is compared
+    is each run's share of the slower stage. unlimited: that share without a limit.
+    """
     ms = {key: one.median_ms for key, one in stats.items()}
     slower = max(ms[key] for key in ALONE)
-    ratios = {"stream's share of the slower stage's rate": slower / ms["stream"]}
+    share = share_of_slower_stage(stats)
+    ratios = {"stream's share of the slower stage's rate": share}
     if unlimited is not None and rate is not None:
-        ratios["stream's share of its rate without a limit"] = unlimited.median_ms / ms["stream"]
+        ratios["stream's share of its rate without a limit"] = share / unlimited
     if rate is not None:
         ratios["transfer over the slower stage's time"] = 8e3 * crossing / rate / slower
     for other in ("bp", "gpipe", "1f1b", "ddp"):

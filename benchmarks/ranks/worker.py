@@ -206,9 +206,7 @@ def main() -> None:
     stage_names = [
         name for name in names if not name.startswith(("stage", "both", "one", "threads"))
     ]
-    bench = Bench(
-        options.scpl, options.bp, options.batch_size, options.steps, options.trainer
-    )
+    bench = Bench(options.scpl, options.bp, options.batch_size, options.steps, options.trainer)
     # The process group first: what waits for the other rank needs it.
     candidates = bench.candidates(stage_names + [n for n in names if n not in stage_names])
     stats = compare(candidates, repeats=options.repeats, warmup=1)
