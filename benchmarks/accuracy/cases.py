@@ -59,7 +59,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A method with its options. trainer, batch_size, augment: where they differ from the task's."""
+    """A method with its options. batch_size: where it differs from the task's."""
 
     method: str
     preset: str = "default"

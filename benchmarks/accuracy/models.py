@@ -101,7 +101,7 @@ def lstm(
 
 
 class _Encoder(nn.Module):
-    """A pre-norm encoder block with dropout 0.1: x (B, T, D), is_padding bool (B, T) → (B, T, D)."""
+    """A pre-norm encoder block, dropout 0.1: x (B, T, D), is_padding bool (B, T) → (B, T, D)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tables and pictures of results.csv: report.md, curves.png, wall_clock.png, exits.png, answers.png."""
+"""Tables and pictures of results.csv: report.md, and a .png for each question."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,8 +70,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def _accuracies(figures: Figures) -> str:
     lines = [
-        "Accuracy on the test split in %, mean and standard deviation of the seeds. *equal time*: two "
-        "stages on two cores, as long as backpropagation over the same two stages takes.",
+        "Accuracy on the test split in %, mean and standard deviation of the seeds. *equal time*: "
+        "two stages on two cores, as long as backpropagation over the same two stages takes.",
         "",
         "| model | method | K = 2 | K = 4 | K = 2, equal time | seeds |",
         "|---|---|---|---|---|---|",
@@ -93,8 +93,8 @@ def _accuracies(figures: Figures) -> str:
 def _costs(figures: Figures) -> str:
     lines = [
         "What the heads add, for one training step: parameters, FLOPs (matrix products and "
-        "convolutions, forward and backward), peak memory of one process; a step of `stream` on two "
-        "ranks over one of bp on the same two.",
+        "convolutions, forward and backward), peak memory of one process; a step of `stream` on "
+        "two ranks over one of bp on the same two.",
         "",
         "| model | method | K | parameters | FLOPs | memory, MiB | step over bp's |",
         "|---|---|---|---|---|---|---|",
@@ -157,8 +157,11 @@ def _wall_clock(figures: Figures, path: Path) -> None:
             share = 1.0 if name == "bp" else next(iter(shares), None)
             if curve and share is not None:
                 axis.plot([share * i for i in range(1, len(curve) + 1)], curve, "o-", label=name)
-        axis.set(title=f"{task}, K = 2 on two cores", xlabel="time, in epochs of bp on the same two",
-                 ylabel="validation accuracy, %")  # fmt: skip
+        axis.set(
+            title=f"{task}, K = 2 on two cores",
+            xlabel="time, in epochs of bp on the same two",
+            ylabel="validation accuracy, %",
+        )
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -202,8 +205,8 @@ def _chosen(figures: Figures, task: str, name: str) -> list[tuple[float, float, 
 
 def _exits(figures: Figures) -> str:
     lines = [
-        "Leaving early, four stages: the threshold that computes least among those that lose at most "
-        f"{_MAY_LOSE} points on the validation split; figures of the test split, in %.",
+        "Leaving early, four stages: the threshold that computes least among those that lose at "
+        f"most {_MAY_LOSE} points on the validation split; figures of the test split, in %.",
         "",
         "| model | method | compute | accuracy | accuracy at full depth | seeds |",
         "|---|---|---|---|---|---|",
@@ -287,8 +290,8 @@ def _points(axis: Axes, lines: Mapping[str, list[Point]], label: str) -> None:
 
 def _variants(figures: Figures) -> str:
     lines = [
-        "Tried for the default; accuracy on the validation split in %, FLOPs of a training step over "
-        "those of bp.",
+        "Tried for the default; accuracy on the validation split in %, FLOPs of a training step "
+        "over those of bp.",
         "",
         "| model | variant | K = 2 | K = 4 | FLOPs at K = 2 and 4 | seeds |",
         "|---|---|---|---|---|---|",

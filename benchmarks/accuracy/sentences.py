@@ -4,9 +4,9 @@
     python benchmarks/accuracy/sentences.py vaderSentiment-0.5.zip sentences.csv
 
 Sentences of film reviews (Rotten Tomatoes), each rated by twenty people from -4 to 4 (Hutto and
-Gilbert, ICWSM 2014; the package's licence is MIT). The label is the sign; those rated within half a
-point of 0 are left out. 80 % train, 10 % validation, 10 % test, by a hash of the sentence, so that a
-sentence that stands there twice is on one side.
+Gilbert, ICWSM 2014; the package's licence is MIT). The label is the sign; those rated within half
+a point of 0 are left out. 80 % train, 10 % validation, 10 % test, by a hash of the sentence, so
+that a sentence that stands there twice is on one side.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long a training step takes on two ranks, one core each: a method streaming, and bp in turn."""
+"""Time of a training step on two ranks, one core each: a method streaming, and bp in turn."""
 
 import tempfile
 from collections.abc import Iterable, Mapping

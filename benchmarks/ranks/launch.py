@@ -23,7 +23,7 @@ WORKER = Path(__file__).with_name("worker.py")
 class Case:
     """One model and batch. steps: of every timed call (filling the pipeline costs one of them).
 
-    method, preset, options: of the program that streams. trainer: options of every trainer on ranks.
+    method, preset, options: of the program that streams. trainer: options of all on ranks.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Host:
 
 
 def compile_case(case: Case, folder: Path) -> dict[str, Path]:
-    """Two programs in two stages, each cut where it balances best: "scpl", the case's method; "bp"."""
+    """Two programs in two stages, each cut where it balances best: the case's ("scpl"), "bp"."""
     programs = {}
     methods: dict[str, dict[str, Any]] = {
         "scpl": {"method": case.method, "preset": case.preset, "options": dict(case.options)},
