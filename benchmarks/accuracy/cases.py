@@ -43,7 +43,7 @@ class Task:
 _FAST = {"amp": "bf16", "channels_last": True}
 _IMAGES: dict[str, Any] = {
     "data": "fashion-mnist", "inputs": "1x28x28", "num_classes": 10, "batch_size": 128,
-    "epochs": 3, "trainer": _FAST,
+    "epochs": 2, "trainer": _FAST,
 }  # fmt: skip
 _TEXTS: dict[str, Any] = {
     "data": f"csv:{Path(__file__).with_name('sentences.csv')}",
