@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from scpl_compile.errors import DataError
 
-__all__ = ["Evaluation", "Tally"]
+__all__ = ["Evaluation", "Tally", "evaluation_facts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,3 +82,15 @@ class Tally:
     def _compute(self) -> float:
         pairs = zip(self._left, self.costs, strict=True)
         return sum(left * cost for left, cost in pairs) / self._num_samples
+
+
+def evaluation_facts(found: Evaluation) -> dict[str, Any]:
+    """accuracy, and where there are several exits the accuracy of each; of samples that left early
+    the share of each exit, and of the compute.
+    """
+    facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
+    if len(found.accuracies) > 1:
+        facts["exit_accuracies"] = list(found.accuracies)
+    if found.exit_shares:
+        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
+    return facts

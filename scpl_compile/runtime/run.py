@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from scpl_compile.errors import ScplError
+from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.data import Batch, Loader
-from scpl_compile.runtime.evaluation import Evaluation
+from scpl_compile.runtime.evaluation import evaluation_facts
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.launch import versions
 from scpl_compile.runtime.open_loader import open_loader
@@ -25,10 +26,11 @@ from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import Scalars, summary_writer
 from scpl_compile.runtime.schedules import check_schedule, stage_columns
 from scpl_compile.runtime.stage_step import KEPT_LOSSES
+from scpl_compile.runtime.termination import EXIT_CODE, Termination
 from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
 
-__all__ = ["TRAINING", "Run", "evaluation_facts"]
+__all__ = ["TRAINING", "Run"]
 
 TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
             "clip_norm", "accumulate", "amp", "channels_last", "wire_dtype")  # fmt: skip
@@ -74,6 +76,8 @@ class Run:
         self._validated: set[int] = set()
         self._validation: float | None = None
         self._lock: RunLock | None = None
+        self._termination: Termination | None = None
+        self._last_step: int | None = None
         try:
             self._files = self._open_files()
         except Exception as error:
@@ -97,7 +101,7 @@ class Run:
         if self._ranks is not None and self._ranks.rank != 0:
             return Follower(**self._ranks.wait_for("run"))
         self._lock = RunLock(self.directory)
-        files = RunDirectory(self.directory, self.plan.digest, self.options)
+        files = RunDirectory(self.directory, self.plan.digest, self.options, Attempt.current())
         if self._ranks is not None:
             begun = None if files.resume_from is None else str(files.resume_from)
             self._ranks.post("run", {"resume_from": begun, "result": files.result})
@@ -113,7 +117,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if error is None or self._ranks is None:
+            if error is None or isinstance(error, SystemExit) or self._ranks is None:
                 self._stack.close()
         finally:
             self._end(error)
@@ -133,7 +137,7 @@ class Run:
                 traceback.print_exception(error)
             self._ranks.fail(error)
             raise SystemExit(1) from None
-        if error is None:
+        if error is None or isinstance(error, SystemExit):
             self._ranks.leave()
 
     # ------------------------------------------------------------------ before the loop
@@ -172,6 +176,8 @@ class Run:
         self._stack.callback(self._close_scalars)  # after the trainer, whose saver still logs
         self._stack.callback(trainer.close)
         self.trainer = trainer
+        self._termination = Termination()
+        self._stack.callback(self._termination.restore)
         if (path := self._files.resume_from) is not None:
             trainer.load(path)
             say(f"resumed after step {trainer.num_steps} from {path}")
@@ -243,6 +249,26 @@ class Run:
             # A checkpoint's steps are all in metrics.jsonl, or a run that is killed and resumed
             # would lack some.
             self._trainer.save(self.directory, before_complete=self._write_losses)
+        if self._termination is not None and self._termination.is_asked:
+            self._end_early()
+
+    def _end_early(self) -> None:
+        """SIGTERM: once every rank has come to the same step, a checkpoint, and the end.
+
+        The ranks hear of it in different steps; the furthest one's is the last.
+        """
+        trainer = self._trainer
+        if self._last_step is None:
+            trainer.finish_own()  # what waits here, other ranks wait for
+            step = trainer.num_steps
+            self._last_step = step if self._ranks is None else self._ranks.furthest(step)
+        if trainer.num_steps < self._last_step:
+            return
+        trainer.wait_saved()
+        trainer.save(self.directory, before_complete=self._write_losses)
+        trainer.wait_saved()
+        say(f"ended by SIGTERM after step {trainer.num_steps}; --resume goes on from there")
+        raise SystemExit(EXIT_CODE)
 
     def _write_losses(self) -> None:
         """Writes the losses of what the stages have finished. In any thread: taken is written."""
@@ -367,18 +393,6 @@ class Run:
         )
         if self.options.json and leads():
             print(json.dumps(result), flush=True)
-
-
-def evaluation_facts(found: Evaluation) -> dict[str, Any]:
-    """accuracy, and where there are several exits the accuracy of each; of samples that left early
-    the share of each exit, and of the compute.
-    """
-    facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
-    if len(found.accuracies) > 1:
-        facts["exit_accuracies"] = list(found.accuracies)
-    if found.exit_shares:
-        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
-    return facts
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.options import Options
 
 __all__ = ["Follower", "RunDirectory", "trained_steps"]
@@ -33,38 +34,57 @@ _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "o
 """Options that a resumed run must share with the run that it continues."""
 
 
+FIRST = Attempt()
+
+
 class RunDirectory:
     """The directory of a run of the plan with this digest.
 
     resume_from: the checkpoint to go on from. result: that of a finished run that is resumed.
     The caller holds the RunLock. Nothing is written before `begin`.
 
+    attempt: a launch that was started again goes on with the run that it has begun, from the newest
+    checkpoint, or from the start where there is none.
+
     Raises:
         ProgramError: it is in the way, cannot be resumed, or belongs to another plan or to other
             options.
     """
 
-    def __init__(self, path: Path, plan_digest: str, options: Options) -> None:
+    def __init__(
+        self, path: Path, plan_digest: str, options: Options, attempt: Attempt = FIRST
+    ) -> None:
         self.path = path
         self.final = path / "final.safetensors"
         self.resume_from: Path | None = None
         self.result: dict[str, Any] | None = None
         self._plan_digest = plan_digest
         self._options = options
-        if options.resume:
-            self._open()
+        self._attempt = attempt
+        is_begun = self._is_begun()
+        if is_begun or options.resume:
+            self._open(may_start_again=is_begun)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not (path / "run.json").is_file():
                 raise ProgramError(f"{path} exists and is no run; choose another --run-dir")
             if not options.force:
                 raise ProgramError(f"{path} exists; add --resume, --force or another --run-dir")
 
-    def _open(self) -> None:
+    def _is_begun(self) -> bool:
+        """Whether an earlier attempt of this launch has begun this run."""
+        file = self.path / "run.json"
+        if not self._attempt.number or not file.is_file():
+            return False
+        return _read_object(file).get("launch") == self._attempt.launch
+
+    def _open(self, *, may_start_again: bool) -> None:
         """Find where to go on."""
         self.resume_from = checkpoint.latest(self.path)
         result = self.path / "result.json"
         is_finished = result.is_file() and self.final.is_file()
         if self.resume_from is None and not is_finished:
+            if may_start_again:
+                return
             raise ProgramError(
                 f"{self.path} has no complete checkpoint to resume from; start again with --force "
                 "and --save-every N"
@@ -117,6 +137,8 @@ class RunDirectory:
         Gives the rows of metrics.jsonl of the first `num_steps` steps.
         """
         facts = {"plan": self._plan_digest, "options": vars(self._options), "versions": versions}
+        if self._attempt.launch:
+            facts["launch"] = self._attempt.launch
         with self._writing():
             if self.resume_from is None and self.path.exists():
                 shutil.rmtree(self.path)  # an earlier run, or empty: see __init__

@@ -65,8 +65,7 @@ class Trainer:
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
         wire_dtype: "bfloat16" or "float16": what crosses a cut is rounded to it; labels never.
-        record_events: keep every executed action with its times in `events`; trace_steps: keep
-            those of about so many last steps.
+        record_events: keep all actions with their times in `events`; trace_steps: of so many last.
 
     A step returns at once: do not write to its tensors afterwards, and draw random numbers of your
     own inside runtime.own_draws(). Losses are read when asked for.
@@ -256,6 +255,9 @@ class Trainer:
     def take_usage(self) -> list[Usage]:
         """For every stage how it spent its time since the last call."""
         return [stage.activity.take() for stage in self._stages]
+
+    def finish_own(self) -> None:
+        """Run what waits in this process for the next step; here nothing does."""
 
     def drain(self) -> None:
         """Wait until every stage has finished every submitted step."""
