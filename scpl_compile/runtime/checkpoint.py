@@ -80,6 +80,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     try:
         save_file(unique, temporary, metadata=stored or None)
         temporary.chmod(0o644)
+        _settle(temporary)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     os.replace(temporary, path)
@@ -212,9 +213,21 @@ def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None
     manifest = {**facts, "files": files}
     temporary = directory / ".manifest.part"
     temporary.write_text(json.dumps(manifest, indent=2))
+    _settle(temporary)
     os.replace(temporary, directory / "manifest.json")
+    _settle(directory)
     for old in _complete_directories(directory.parent)[:-_KEPT]:
+        (old / "manifest.json").unlink()  # first: half a checkpoint is none
         shutil.rmtree(old)
+
+
+def _settle(path: Path) -> None:
+    """Wait until the disk holds a file, or a directory's names, even if the power fails now."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def latest(run: Path) -> Path | None:
