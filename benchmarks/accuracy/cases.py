@@ -101,7 +101,20 @@ ANSWERS: Mapping[str, Candidate] = {
 }
 """What the paper's reviewers asked: fair batch sizes, and the true cost of two views."""
 
-VARIANTS: Mapping[str, Candidate] = {}
+VARIANTS: Mapping[str, Candidate] = {
+    name: Candidate(method="scpl", options=options)
+    for name, options in {
+        "shrink avg": {"shrink": "avg"},
+        "conv_size 14": {"conv_size": 14},
+        "conv_size 8, x1.5": {"conv_size": 8, "channel_multiplier": 1.5},
+        "contrast 0.3": {"contrast": 0.3},
+        "contrast alone": {"cross_entropy": 0.0},
+        "temperature 0.3": {"temperature": 0.3},
+        "released last stage": {"last": "released"},
+        "head mlp": {"head": "mlp", "hidden": 128},
+        "deinforeg for contrast": {"objective": "deinforeg"},
+    }.items()
+}
 """Tried for the default; read by the validation split alone."""
 
 

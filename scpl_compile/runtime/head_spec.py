@@ -34,6 +34,7 @@ Shapes = Sequence[Sequence[int]]
 
 HEADS = ("auto", "identity", "linear", "mlp", "mlp-bn", "conv")
 LAYOUTS = ("auto", "nchw", "nhwc")
+SHRINK = ("max", "avg")
 POOLING = re.compile(r"auto|none|gap|mean|cls|avg:[1-9][0-9]*")
 
 
@@ -59,8 +60,11 @@ class HeadSpec:
     channels: of the convolution; 0 means channel_multiplier times the feature's channels, at most
         channel_limit.
     stride: of the convolution.
-    conv_size: a larger map is averaged to at most conv_size x conv_size before the convolution, so
+    conv_size: a larger map is brought to at most conv_size x conv_size before the convolution, so
         that the head of an early stage costs no more than that of a late one; 0 means never.
+    shrink: how: max or avg, over windows. A stage that ends in a convolution whose activation is in
+        the next one sends what is not rectified, of which a mean over a window tells little; see
+        benchmarks/accuracy.
 
     Raises:
         MethodError: an option is unknown, of another type, or has a value that is not allowed.
@@ -76,6 +80,7 @@ class HeadSpec:
     channel_limit: int = 96
     stride: int = 2
     conv_size: int = 7
+    shrink: str = "max"
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -86,6 +91,8 @@ class HeadSpec:
             raise option_error(
                 "pooling", self.pooling, "one of auto, none, avg:N (as in avg:4), gap, mean, cls"
             )
+        if self.shrink not in SHRINK:
+            raise option_error("shrink", self.shrink, f"one of {', '.join(SHRINK)}")
         if self.layout not in LAYOUTS:
             raise option_error("layout", self.layout, f"one of {', '.join(LAYOUTS)}")
         least = {"hidden": int(self.head.startswith("mlp")), "channels": 0, "conv_size": 0}
@@ -149,7 +156,8 @@ class TensorPath:
     """How one tensor goes through the trunk; sizes without the batch.
 
     spatial: sizes of the positions (H, W).
-    conv_channels: 0 where there is no convolution. shrink: windows averaged before it.
+    conv_channels: 0 where there is no convolution. shrink: windows of which it sees the largest
+    values (by_max), or the means.
     windows: averaged together, one size per spatial dimension (only for avg:N).
     """
 
@@ -160,6 +168,7 @@ class TensorPath:
     conv_channels: int
     stride: int
     shrink: tuple[int, ...]
+    by_max: bool
     pooling: str
     windows: tuple[int, ...]
 
@@ -217,6 +226,7 @@ def _path(spec: HeadSpec, shape: Sequence[int]) -> TensorPath:
         conv_channels=conv_channels,
         stride=spec.stride,
         shrink=tuple(-(-size // (spec.conv_size or size)) for size in spatial),
+        by_max=spec.shrink == "max",
         pooling=pooling,
         windows=(),
     )

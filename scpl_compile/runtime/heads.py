@@ -52,9 +52,10 @@ class _MapConv(nn.Module):
         )
         self.norm = nn.BatchNorm2d(path.conv_channels)
         self._shrink = path.shrink
+        self._by_max = path.by_max
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _average(x, self._shrink)
+        x = _maximum(x, self._shrink) if self._by_max else _average(x, self._shrink)
         return F.relu(_batch_norm(self.norm, self.conv(in_dtype_of(x, self.conv))))
 
 
@@ -126,6 +127,13 @@ def _average(x: Tensor, windows: tuple[int, ...]) -> Tensor:
     _, channels, frames = x.shape[:3]
     x = _average(x.flatten(1, 2), windows[1:]).unflatten(1, (channels, frames))
     return _average(x.flatten(3), (windows[0], 1))
+
+
+def _maximum(x: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """The largest values of (B, C, H, W) over such windows, of which no two overlap."""
+    if all(window == 1 for window in windows):
+        return x
+    return F.max_pool2d(x, windows, ceil_mode=True)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

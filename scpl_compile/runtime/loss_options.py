@@ -103,7 +103,7 @@ class LossOptions(HeadSpec):
         if self.layout != "auto":
             names.add("layout")
         if is_conv:
-            names |= {"channels", "stride", "conv_size"}
+            names |= {"channels", "stride", "conv_size", "shrink"}
             if not resolved.channels:  # the tensors differ in theirs
                 names |= {"channel_multiplier", "channel_limit"}
         if self.contrast and self.objective == "supcon":

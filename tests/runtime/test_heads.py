@@ -40,11 +40,13 @@ def test_mlp_bn_normalises_between_two_linear_layers(training):
     torch.testing.assert_close(head(x), head.projection.out(hidden.relu()))
 
 
-def test_conv_is_conv_bn_relu_before_the_pool():
-    head = Head("conv", in_shapes=((3, 9, 9),), channels=4, conv_size=5, out=6).double()
+@pytest.mark.parametrize(("shrink", "pool"), [("max", F.max_pool2d), ("avg", F.avg_pool2d)])
+def test_conv_is_conv_bn_relu_before_the_pool(shrink, pool):
+    options = {"channels": 4, "conv_size": 5, "out": 6, "shrink": shrink}
+    head = Head("conv", in_shapes=((3, 9, 9),), **options).double()
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
     (conv,) = head.trunk.convs
-    y = F.avg_pool2d(x, 2, ceil_mode=True)  # 9x9 to at most 5x5
+    y = pool(x, 2, ceil_mode=True)  # 9x9 to at most 5x5
     y = F.conv2d(y, conv.conv.weight, stride=2, padding=1)
     y = F.batch_norm(y, None, None, training=True).relu()
     torch.testing.assert_close(head(x), head.projection.out(y.flatten(1)))
