@@ -42,6 +42,7 @@ class Stage0(nn.Module):
             channels=24,
             stride=2,
             conv_size=7,
+            shrink="max",
             temperature=0.1,
             divisor="scpl",
             contrast=1.0,
