@@ -4,6 +4,8 @@ Gradient isolation and coverage have suites of their own.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -106,6 +108,14 @@ def test_exits_are_evaluated_only_where_their_weights_are(
     found = json.loads(scpl(*with_rule).stdout.splitlines()[-1])
     assert sum(found["exit_shares"]) == pytest.approx(1) and found["compute"] > 0
     assert scpl(*arguments, "--exit", "sure").exit_code == 1
+    assert train(out, "--data", "random:48", "--steps", 1, "--run-dir", "short").code == 0
+    kept = shutil.move(out / "run" / "exit-1.safetensors", tmp_path / "exit-1.safetensors")
+    shutil.copy(out / "short" / "exit-1.safetensors", out / "run")
+    assert re.search(
+        r"exit-1\.safetensors was written after 1 steps and .* after 2,", scpl(*arguments).stderr
+    )
+    shutil.copy(kept, out / "run")
+    assert scpl(*with_rule).exit_code == 0
     for name in ("exit-0", "exit-1"):
         (out / "run" / f"{name}.safetensors").unlink()
     assert "exit_accuracies" not in json.loads(scpl(*arguments).stdout.splitlines()[-1])
