@@ -48,6 +48,11 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
         raise MethodError(
             f"losses() of method {method.name!r} gives several losses with a head; a stage has one"
         )
+    if any(loss.kind != "al" and (loss.code or loss.gives) for loss in found):
+        raise MethodError(
+            f"losses() of method {method.name!r} gives a loss that takes or gives a code, and only "
+            "those of Associated Learning can; leave `code` and `gives` empty"
+        )
     return tuple(found)
 
 
@@ -113,16 +118,24 @@ class Method(ABC):
             raise MethodError(f"method {cls.name!r} has no preset {preset!r}")
         try:
             return cls(**options)
-        except (TypeError, ValueError) as error:
+        except ScplError:
+            raise
+        except Exception as error:
             text = str(error).replace(f"{cls.__qualname__}.__init__() ", "")
-            raise MethodError(f"method {cls.name!r}: {text}") from error
+            is_told = isinstance(error, (TypeError, ValueError))
+            kind = "" if is_told else f"{type(error).__name__}: "
+            raise MethodError(f"method {cls.name!r}: {kind}{text}") from error
 
     @abstractmethod
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """What the stage trains on. Raises MethodError where the method cannot be applied."""
 
     def inference(self, num_stages: int) -> tuple[str, ...]:
-        """The steps of evaluation; without exits: forward of every stage."""
+        """The steps of evaluation; without exits: forward of every stage ("0F", "1F").
+
+        "0X" behind "0F" is the exit of stage 0, for which its loss has a method `logits`. The exit
+        of the last stage is the model's own output, and needs no step.
+        """
         return tuple(f"{k}F" for k in range(num_stages))
 
 
