@@ -173,6 +173,14 @@ def test_a_method_that_cannot_be_used_is_told(
         make_method(spec, options=options)
 
 
+def test_a_constructor_that_fails_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    made = "def __init__(self, scale=1):\n        self.scale = {1: 1}[scale]\n    def losses"
+    path.write_text(OWN_TEXT.format(body="return {}", name="mine").replace("def losses", made))
+    with pytest.raises(MethodError, match="method 'mine': KeyError: 3"):
+        make_method(f"{path}:Mine", options={"scale": 3})
+
+
 def test_a_preset_that_it_does_not_have_is_told(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="method 'cosine' has no preset 'paper'"):
         make_method(f"{OWN}:Cosine", preset="paper")
