@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.exactness.main import CASES, Batches, Outcome, differences, run
 from scpl_compile import Program, compile_model
-from scpl_compile.errors import VerifyError
+from scpl_compile.errors import LossError, VerifyError
 from scpl_compile.runtime import checkpoint
 from small_nets import DECOUPLED, OWN_METHOD, compiled
 
@@ -166,6 +166,55 @@ def test_a_loss_that_draws_randomness_draws_that_of_its_stage(tmp_path: Path) ->
     expected = run(program, batches, "sequential")
     for repeat in range(3):
         assert differences(run(program, batches, "stream", jitter=repeat), expected) == []
+
+
+SCALED = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from scpl_compile.methods import Method, cross_entropy_loss, module_loss
+
+class Scaled(nn.Module):
+    def __init__(self, *, num_classes, in_shapes):
+        super().__init__()
+        self.classifier = nn.Linear(in_shapes[0][-1], num_classes)
+        self.scale = SCALE
+
+    def forward(self, x, *, labels, mask=None):
+        return {"own": self.scale * F.cross_entropy(self.classifier(x), labels)[WHICH]}
+
+class Mine(Method):
+    name = "mine"
+
+    def losses(self, view):
+        return (cross_entropy_loss(view),) if view.is_last else (
+            module_loss(Scaled, view.sends, view),)
+"""
+
+
+@pytest.mark.parametrize("scale", ["float(torch.linspace(0, 1, 5)[3])", "torch.tensor(0.75)"])
+def test_a_loss_may_be_made_of_values_of_its_own(tmp_path: Path, scale: str) -> None:
+    """Computed with in its constructor, or kept as a tensor that is in no state_dict."""
+    path = tmp_path / "mine.py"
+    path.write_text(SCALED.replace("SCALE", scale).replace("WHICH", "..."))
+    program = compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")
+    assert program.verification.is_verified
+    x, labels = torch.randn(6, 8), torch.arange(6) % 3
+    with program.trainer() as trainer:
+        stage = trainer._stages[0].module
+        with torch.no_grad():
+            logits = stage.local_loss.classifier(stage(x))
+        trainer.step(x, labels)
+        trainer.drain()
+        expected = 0.75 * float(torch.nn.functional.cross_entropy(logits, labels))
+        assert trainer.losses()[0] == {"own": pytest.approx(expected)}
+
+
+def test_a_loss_that_looks_at_data_is_told_and_not_a_model_without_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SCALED.replace("SCALE", "1.0").replace("WHICH", "(labels > 0)[0]"))
+    with pytest.raises(LossError, match="^loss Scaled looks at the values of its tensors"):
+        compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")
 
 
 def test_two_terms_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from scpl_compile.errors import MethodError, ScplError
+from scpl_compile.errors import LossError, MethodError, ScplError
 from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
@@ -41,15 +41,15 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
         kind = type(error).__name__
         raise MethodError(f"losses() of method {method.name!r} fails: {kind}: {error}") from error
     if not isinstance(found, (tuple, list)) or not all(isinstance(x, LocalLoss) for x in found):
-        raise MethodError(
+        raise LossError(
             f"losses() of method {method.name!r} must give a tuple of losses, not {found!r:.60}"
         )
     if sum(loss.has_head for loss in found) > 1:
-        raise MethodError(
+        raise LossError(
             f"losses() of method {method.name!r} gives several losses with a head; a stage has one"
         )
     if any(loss.kind != "al" and (loss.code or loss.gives) for loss in found):
-        raise MethodError(
+        raise LossError(
             f"losses() of method {method.name!r} gives a loss that takes or gives a code, and only "
             "those of Associated Learning can; leave `code` and `gives` empty"
         )
