@@ -1,5 +1,6 @@
 """What a method is: where gradients stop, and what each stage trains on."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -116,6 +117,11 @@ class Method(ABC):
         """
         if preset not in cls.presets:
             raise MethodError(f"method {cls.name!r} has no preset {preset!r}")
+        known = inspect.signature(cls).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        if not takes_any and (odd := sorted(options.keys() - known.keys())):
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise MethodError(f"method {cls.name!r} has no option {odd[0]!r}; {has}")
         try:
             return cls(**options)
         except ScplError:

@@ -49,7 +49,7 @@ def test_a_last_stage_without_the_feature_of_its_classifier_takes_the_logits() -
         *(({"pooling": pooling}, "option pooling is") for pooling in ("big", "avg:0", 3)),
         ({"activation": 3}, "option activation is 3; it must be one of sigmoid, tanh"),
         ({"activation": "relu"}, "option activation is 'relu'; it must be one of sigmoid, tanh"),
-        ({"temperature": 1.0}, "method 'al': .*temperature"),
+        ({"temperature": 1.0}, "'al' has no option 'temperature'; its options are latent, "),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:

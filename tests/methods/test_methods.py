@@ -56,7 +56,10 @@ def test_every_method_is_made_by_its_name() -> None:
             )
             for value in ("abc", "nan", float("nan"), -0.1, 1.1, True, 10**400)
         ),
-        ({"name": "predsim", "options": {"gamma": "abc"}}, "method 'predsim': .*'gamma'"),
+        (
+            {"name": "predsim", "options": {"gamma": "abc"}},
+            "'predsim' has no option 'gamma'; its .* similarity, pooling$",
+        ),
         ({"name": "scpl", "options": {"last": "no"}}, "option last is 'no'.*through, released"),
         ({"name": "scpl", "options": {"temprature": 1.0}}, "did you mean temperature"),
         ({"name": "scpl", "options": {"temperature": -1.0}}, "temperature is -1.0"),
