@@ -109,12 +109,13 @@ def test_exits_are_evaluated_only_where_their_weights_are(
     assert sum(found["exit_shares"]) == pytest.approx(1) and found["compute"] > 0
     assert scpl(*arguments, "--exit", "sure").exit_code == 1
     assert train(out, "--data", "random:48", "--steps", 1, "--run-dir", "short").code == 0
-    kept = shutil.move(out / "run" / "exit-1.safetensors", tmp_path / "exit-1.safetensors")
-    shutil.copy(out / "short" / "exit-1.safetensors", out / "run")
+    kept = shutil.copytree(out / "run", tmp_path / "kept")
+    for name in ("exit-0", "exit-1"):  # as if the run had ended between these and its weights
+        shutil.copy(out / "short" / f"{name}.safetensors", out / "run")
     assert re.search(
-        r"exit-1\.safetensors was written after 1 steps and .* after 2,", scpl(*arguments).stderr
+        r"exit-0\.safetensors was written after 1 steps and .* after 2,", scpl(*arguments).stderr
     )
-    shutil.copy(kept, out / "run")
+    shutil.copytree(kept, out / "run", dirs_exist_ok=True)
     assert scpl(*with_rule).exit_code == 0
     for name in ("exit-0", "exit-1"):
         (out / "run" / f"{name}.safetensors").unlink()
