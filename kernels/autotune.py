@@ -1,10 +1,11 @@
 """Tiles by timing, where SCPL_AUTOTUNE=1 asks for it: else `routes` is a table, and stays so.
 
 A few tiles are timed on the GPU at the first call for each path, power of two of B, D, dtype and
-device, forward and backward each; the fastest is kept until the process ends. It costs seconds of
-compilation, and the table's tiles win a tie. Never timed, so by the table: in Triton's interpreter,
-while a CUDA graph is captured, and under torch.use_deterministic_algorithms, for what is fastest
-may differ from run to run, and last bits with it.
+device, forward and backward each; the fastest is kept in memory until the process ends, in no file
+that processes could share or spoil. It costs seconds of compilation, and the table's tiles win a
+tie. What is fastest may differ from run to run, and last bits with it: a resumed run may go on with
+other tiles than it was begun with. Never timed, so by the table: in Triton's interpreter, while a
+CUDA graph is captured, and under torch.use_deterministic_algorithms.
 """
 
 import math

@@ -60,7 +60,8 @@ def supcon_loss(
             memory and one backward, or "reference" (float64, B x B matrices, differentiable any
             number of times). Default: triton on a GPU, but not for float64; else chunked. With
             SCPL_AUTOTUNE=1 in the environment, triton times a few tiles at the first call for a
-            size and keeps the fastest (last bits may differ from run to run), else a table decides.
+            size and keeps the fastest until the process ends (last bits may differ from run to run,
+            and so where a run was resumed), else a table decides.
 
     Returns:
         () or (B,) for "none": float64 for float64 features, else float32. The gradient has the

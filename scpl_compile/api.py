@@ -34,7 +34,7 @@ from scpl_compile.runtime.program import (
     write_verification,
 )
 from scpl_compile.runtime.progress import say
-from scpl_compile.runtime.run_directory import trained_steps
+from scpl_compile.runtime.run_directory import trained_in, trained_steps
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (
     Inputs,
@@ -296,17 +296,20 @@ def evaluate_program(
     split: str = "test",
     devices: str = "auto",
     exit_rule: str | None = None,
+    amp: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
     exit_rule: samples leave early, as in `Trainer.evaluate`.
+    amp: "none", "bf16" or "fp16"; None: as the run that wrote the weights was trained (its
+    channels_last too), "none" for weights of no run of this program.
     The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
         ProgramError: the program or its weights are missing or damaged; with an exit_rule, those
-            of its exits.
-        MethodError: the exit_rule is none, or the method has one exit.
+            of its exits; these are of another step.
+        MethodError: the exit_rule is none, or the method has one exit; there is no such amp.
     """
     plan = read_plan(directory)
     path = weights or directory / run_dir / "final.safetensors"
@@ -318,9 +321,11 @@ def evaluate_program(
     stages = load_stages(directory, plan)
     loader = open_loader(plan, data, batch_size=batch_size)
     names = split_devices(devices, plan.num_stages)
-    with stages.build_trainer(devices=names, weights=path) as trainer:
+    steps = trained_steps(path, plan.digest)
+    how_trained = trained_in(path, plan.digest) | ({} if amp is None else {"amp": amp})
+    with stages.build_trainer(devices=names, weights=path, **how_trained) as trainer:
         start = time.perf_counter()
-        missing = trainer.load_exits(path.parent)
+        missing = trainer.load_exits(path.parent, steps)
         is_needed = exit_rule is not None or "0D" in plan.inference
         if missing is not None and is_needed:
             raise ProgramError(
@@ -335,13 +340,14 @@ def evaluate_program(
             "schedule": trainer.schedule,
             "devices": [str(device) for device in trainer.devices],
             "threads_per_stage": trainer.threads_per_stage,
+            "amp": how_trained.get("amp", "none"),
         }
     return {
         **evaluation_facts(found),
         "losses": [{"cross_entropy": loss} for loss in found.losses],
         "samples_per_second": found.num_samples / seconds,
         "seconds": seconds,
-        "steps": trained_steps(path, plan.digest),
+        "steps": steps,
         **how,
         "data": data,
         "split": split,

@@ -192,6 +192,8 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
 @click.option("--devices", default="auto", show_default=True, metavar="D,…")
 @click.option("--exit", "exit_rule", metavar="RULE",
               help="Samples leave early: confidence:0.9 or agreement:2.")  # fmt: skip
+@click.option("--amp", type=click.Choice(["none", "bf16", "fp16"]),
+              help="Default: as the run was trained.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_telling_errors
 def evaluate(as_json: bool, **options: Any) -> None:
@@ -199,9 +201,10 @@ def evaluate(as_json: bool, **options: Any) -> None:
     from scpl_compile.api import evaluate_program
 
     result = evaluate_program(**options)
+    precision = "" if result["amp"] == "none" else f", {result['amp']}"
     click.echo(
         f"{100 * result['accuracy']:.2f} % of {result['num_samples']} samples "
-        f"({options['data']}, {options['split']})",
+        f"({options['data']}, {options['split']}{precision})",
         err=True,
     )
     if "exit_shares" in result:

@@ -8,6 +8,7 @@
     │   └── TraceError        by this frontend; another may do it
     ├── PartitionError    the graph has no such cut
     ├── MethodError       a method, loss, head or schedule does not fit the plan
+    │   └── LossError         a loss of one's own, wherever the cut is
     ├── EmitError         the program directory
     ├── VerifyError       the emitted stages differ from the model
     ├── ProgramError      a plan, weights or checkpoint file: damaged, foreign, another version
@@ -25,6 +26,7 @@ __all__ = [
     "CaptureError",
     "DataError",
     "EmitError",
+    "LossError",
     "MethodError",
     "PartitionError",
     "ProgramError",
@@ -59,6 +61,10 @@ class PartitionError(ScplError):
 
 class MethodError(ScplError):
     """A method, local loss, head or schedule cannot be applied to this plan."""
+
+
+class LossError(MethodError):
+    """A method or loss of the user's own cannot be used, wherever the model is cut."""
 
 
 class EmitError(ScplError):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from scpl_compile.cli import main
 from scpl_compile.ir import Plan, from_json
 from scpl_compile.runtime.program import read_plan
+from scpl_compile.runtime.step_options import StepOptions
 from scpl_compile.version import __version__
 
 Scpl = Callable[..., Result]
@@ -129,7 +131,7 @@ def test_evaluate_tells_the_accuracy(scpl: Scpl, resnet: tuple[Path, Result]) ->
     found = last_line(result)
     assert found.keys() == {
         "accuracy", "num_samples", "losses", "samples_per_second", "seconds", "devices", "data",
-        "split", "schedule", "threads_per_stage", "weights", "versions", "steps",
+        "split", "schedule", "threads_per_stage", "weights", "versions", "steps", "amp",
     }  # fmt: skip
     assert found["steps"] is None  # no run has written these weights
     assert found["num_samples"] == 359 and 0 <= found["accuracy"] <= 1
@@ -332,6 +334,36 @@ def test_force_replaces_the_program_and_keeps_the_runs(
     assert "was changed by hand; it is kept as train.py.old" in result.stderr
     assert (out / "train.py.old").read_text().endswith("# mine\n")
     assert read_plan(out).num_stages == 3 and (out / "run" / "final.safetensors").is_file()
+
+
+def test_evaluate_has_the_precision_of_the_run(
+    scpl: Scpl, train: Train, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StepOptions] = []
+    autocast = StepOptions.autocast
+
+    def noting(options: StepOptions, device: torch.device) -> object:
+        asked.append(options)
+        return autocast(options, device)
+
+    run_steps(train, program, "--amp", "bf16", "--channels-last")
+    monkeypatch.setattr(StepOptions, "autocast", noting)
+    weights = program / "run" / "final.safetensors"
+    alone = shutil.copy(weights, program / "alone.safetensors")
+    first = program / "weights.safetensors"
+    for options, amp, channels_last in (
+        ((), "bf16", True),
+        (("--amp", "none"), "none", True),
+        (("--weights", weights), "bf16", True),
+        (("--weights", alone), "none", False),  # no run.json tells of it
+        (("--weights", first), "none", False),
+        (("--weights", first, "--amp", "bf16"), "bf16", False),
+    ):
+        asked.clear()
+        result = scpl("evaluate", program, *options, "--json")
+        assert {(one.amp, one.channels_last) for one in asked} == {(amp, channels_last)}
+        assert last_line(result)["amp"] == amp
+        assert (", test, bf16)" in result.stderr) == (amp == "bf16")
 
 
 def test_evaluate_takes_another_run_other_weights_and_another_split(

@@ -4,6 +4,8 @@ Gradient isolation and coverage have suites of their own.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 
 from benchmarks.exactness.main import CASES, Batches, Outcome, differences, run
 from scpl_compile import Program, compile_model
-from scpl_compile.errors import VerifyError
+from scpl_compile.errors import LossError, VerifyError
 from scpl_compile.runtime import checkpoint
 from small_nets import DECOUPLED, OWN_METHOD, compiled
 
@@ -106,6 +108,15 @@ def test_exits_are_evaluated_only_where_their_weights_are(
     found = json.loads(scpl(*with_rule).stdout.splitlines()[-1])
     assert sum(found["exit_shares"]) == pytest.approx(1) and found["compute"] > 0
     assert scpl(*arguments, "--exit", "sure").exit_code == 1
+    assert train(out, "--data", "random:48", "--steps", 1, "--run-dir", "short").code == 0
+    kept = shutil.copytree(out / "run", tmp_path / "kept")
+    for name in ("exit-0", "exit-1"):  # as if the run had ended between these and its weights
+        shutil.copy(out / "short" / f"{name}.safetensors", out / "run")
+    assert re.search(
+        r"exit-0\.safetensors was written after 1 steps and .* after 2,", scpl(*arguments).stderr
+    )
+    shutil.copytree(kept, out / "run", dirs_exist_ok=True)
+    assert scpl(*with_rule).exit_code == 0
     for name in ("exit-0", "exit-1"):
         (out / "run" / f"{name}.safetensors").unlink()
     assert "exit_accuracies" not in json.loads(scpl(*arguments).stdout.splitlines()[-1])
@@ -156,6 +167,55 @@ def test_a_loss_that_draws_randomness_draws_that_of_its_stage(tmp_path: Path) ->
     expected = run(program, batches, "sequential")
     for repeat in range(3):
         assert differences(run(program, batches, "stream", jitter=repeat), expected) == []
+
+
+SCALED = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from scpl_compile.methods import Method, cross_entropy_loss, module_loss
+
+class Scaled(nn.Module):
+    def __init__(self, *, num_classes, in_shapes):
+        super().__init__()
+        self.classifier = nn.Linear(in_shapes[0][-1], num_classes)
+        self.scale = SCALE
+
+    def forward(self, x, *, labels, mask=None):
+        return {"own": self.scale * F.cross_entropy(self.classifier(x), labels)[WHICH]}
+
+class Mine(Method):
+    name = "mine"
+
+    def losses(self, view):
+        return (cross_entropy_loss(view),) if view.is_last else (
+            module_loss(Scaled, view.sends, view),)
+"""
+
+
+@pytest.mark.parametrize("scale", ["float(torch.linspace(0, 1, 5)[3])", "torch.tensor(0.75)"])
+def test_a_loss_may_be_made_of_values_of_its_own(tmp_path: Path, scale: str) -> None:
+    """Computed with in its constructor, or kept as a tensor that is in no state_dict."""
+    path = tmp_path / "mine.py"
+    path.write_text(SCALED.replace("SCALE", scale).replace("WHICH", "..."))
+    program = compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")
+    assert program.verification.is_verified
+    x, labels = torch.randn(6, 8), torch.arange(6) % 3
+    with program.trainer() as trainer:
+        stage = trainer._stages[0].module
+        with torch.no_grad():
+            logits = stage.local_loss.classifier(stage(x))
+        trainer.step(x, labels)
+        trainer.drain()
+        expected = 0.75 * float(torch.nn.functional.cross_entropy(logits, labels))
+        assert trainer.losses()[0] == {"own": pytest.approx(expected)}
+
+
+def test_a_loss_that_looks_at_data_is_told_and_not_a_model_without_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SCALED.replace("SCALE", "1.0").replace("WHICH", "(labels > 0)[0]"))
+    with pytest.raises(LossError, match="^loss Scaled looks at the values of its tensors"):
+        compile_model(layers(), "8", num_stages=2, method=f"{path}:Mine")
 
 
 def test_two_terms_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from scpl_compile import errors
-from scpl_compile.errors import CaptureError, ScplError, context
+from scpl_compile.errors import CaptureError, MethodError, ScplError, context
 
 CLASSES = [
     value
@@ -16,10 +16,14 @@ CLASSES = [
 
 def test_every_error_is_a_scpl_error_and_stands_in_the_drawing() -> None:
     drawing = errors.__doc__ or ""
-    assert len(CLASSES) == 11
+    assert len(CLASSES) == 12
     for error in CLASSES:
         assert issubclass(error, ScplError) and error.__name__ in drawing
-        assert error is ScplError or error.__bases__ in ((ScplError,), (CaptureError,))
+        assert error is ScplError or error.__bases__ in (
+            (ScplError,),
+            (CaptureError,),
+            (MethodError,),
+        )
         assert error.__doc__
 
 

@@ -1,11 +1,12 @@
 """What a method is: where gradients stop, and what each stage trains on."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from scpl_compile.errors import MethodError, ScplError
+from scpl_compile.errors import LossError, MethodError, ScplError
 from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
@@ -41,12 +42,17 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
         kind = type(error).__name__
         raise MethodError(f"losses() of method {method.name!r} fails: {kind}: {error}") from error
     if not isinstance(found, (tuple, list)) or not all(isinstance(x, LocalLoss) for x in found):
-        raise MethodError(
+        raise LossError(
             f"losses() of method {method.name!r} must give a tuple of losses, not {found!r:.60}"
         )
     if sum(loss.has_head for loss in found) > 1:
-        raise MethodError(
+        raise LossError(
             f"losses() of method {method.name!r} gives several losses with a head; a stage has one"
+        )
+    if any(loss.kind != "al" and (loss.code or loss.gives) for loss in found):
+        raise LossError(
+            f"losses() of method {method.name!r} gives a loss that takes or gives a code, and only "
+            "those of Associated Learning can; leave `code` and `gives` empty"
         )
     return tuple(found)
 
@@ -111,18 +117,31 @@ class Method(ABC):
         """
         if preset not in cls.presets:
             raise MethodError(f"method {cls.name!r} has no preset {preset!r}")
+        known = inspect.signature(cls).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        if not takes_any and (odd := sorted(options.keys() - known.keys())):
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise MethodError(f"method {cls.name!r} has no option {odd[0]!r}; {has}")
         try:
             return cls(**options)
-        except (TypeError, ValueError) as error:
+        except ScplError:
+            raise
+        except Exception as error:
             text = str(error).replace(f"{cls.__qualname__}.__init__() ", "")
-            raise MethodError(f"method {cls.name!r}: {text}") from error
+            is_told = isinstance(error, (TypeError, ValueError))
+            kind = "" if is_told else f"{type(error).__name__}: "
+            raise MethodError(f"method {cls.name!r}: {kind}{text}") from error
 
     @abstractmethod
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """What the stage trains on. Raises MethodError where the method cannot be applied."""
 
     def inference(self, num_stages: int) -> tuple[str, ...]:
-        """The steps of evaluation; without exits: forward of every stage."""
+        """The steps of evaluation; without exits: forward of every stage ("0F", "1F").
+
+        "0X" behind "0F" is the exit of stage 0, for which its loss has a method `logits`. The exit
+        of the last stage is the model's own output, and needs no step.
+        """
         return tuple(f"{k}F" for k in range(num_stages))
 
 

@@ -16,7 +16,7 @@ from scpl_compile.capture import (
 )
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
-from scpl_compile.errors import MethodError, PartitionError
+from scpl_compile.errors import LossError, MethodError, PartitionError
 from scpl_compile.ir import LocalLoss, NodeCost, TensorMeta
 from scpl_compile.methods.base import Method, losses_of
 from scpl_compile.methods.flow import meta_of
@@ -55,6 +55,8 @@ def cut_problem(
                 view = candidate_view(candidate.crossing, capture, num_classes)
                 num_gradients = sum(carries_gradient[name] for name in candidate.crossing)
                 head_us = sum(loss_us(loss, device) for loss in losses_of(method, view))
+            except LossError:
+                raise  # no other place would do
             except MethodError as error:
                 reason = str(error)
         allowed.append(reason is None)

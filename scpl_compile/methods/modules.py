@@ -1,22 +1,34 @@
 """Local losses that are modules of another class than LocalLoss, as a plan records them."""
 
 import inspect
-from collections.abc import Mapping
-from functools import lru_cache
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
-from scpl_compile.errors import MethodError
+from scpl_compile.errors import LossError, MethodError, ScplError, context
 from scpl_compile.ir import LocalLoss, LossSource, Scalar
 from scpl_compile.methods.base import StageView, Value, features_of
 from scpl_compile.runtime.loading import file_sha256
+from scpl_compile.runtime.objectives import LOSS_CLASSES, build_loss, loss_class
 
-__all__ = ["module_loss"]
+__all__ = ["check_exit", "module_loss"]
+
+_READS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+_IS_WITHOUT_DATA = re.compile(r"FakeTensor|tensor subclass")
+"""In messages of numpy() and of a format with a precision."""
 
 
 def module_loss(
@@ -35,8 +47,10 @@ def module_loss(
     code_width: of the code of the labels that it takes, 0 where it takes none.
 
     Raises:
-        MethodError: it cannot be built with these options, or cannot run on these shapes.
+        MethodError: it cannot be built with these options, or cannot run on these shapes; it is of
+            another kind, or gives a code.
     """
+    _check_kind(module, kind)
     shapes, batch_dims, layout = features_of(values)
     if layout != "auto" and "layout" in inspect.signature(module).parameters:
         options = {"layout": layout, **options}
@@ -66,10 +80,25 @@ def module_loss(
     )
 
 
+def _check_kind(module: type[nn.Module], kind: str) -> None:
+    name = module.__qualname__
+    if kind == "own":
+        if getattr(module, "gives_code", False):
+            raise LossError(
+                f"loss {name} gives a code (gives_code), and only the losses of Associated "
+                "Learning hand one on; let it give its terms alone, a dict of scalars"
+            )
+    elif LOSS_CLASSES.get(kind) is not module:
+        raise LossError(
+            f"loss {name} is not of the kind {kind!r}, which is for a class of scpl_compile; leave "
+            "kind out for one of your own"
+        )
+
+
 def _source(module: type[nn.Module]) -> LossSource:
     path = inspect.getsourcefile(module)
     if path is None or "<locals>" in module.__qualname__:
-        raise MethodError(f"loss {module.__qualname__} must stand at the top of a Python file")
+        raise LossError(f"loss {module.__qualname__} must stand at the top of a Python file")
     path = str(Path(path).resolve())
     return LossSource(path=path, name=module.__qualname__, sha256=file_sha256(path))
 
@@ -87,31 +116,90 @@ def _cost(
     """(elements of its parameters, forward FLOPs); the same for all cuts of the same shapes."""
     more: Mapping[str, object] = {"batch_dims": batch_dims} if any(batch_dims) else {}
     name = module.__qualname__
-    try:
-        with FakeTensorMode(), torch.no_grad():
-            made = module(num_classes=num_classes, in_shapes=in_shapes, **more, **dict(options))
-            features = [
-                torch.empty(*shape[:dim], batch_size, *shape[dim:])
-                for shape, dim in zip(in_shapes, batch_dims, strict=True)
-            ]
-            given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
-            if code_width:
-                given["code"] = torch.empty(batch_size, code_width)
-            with FlopCounterMode(display=False) as counter:
-                terms = made(*features, **given)
-    except Exception as error:
-        if isinstance(error, MethodError):
-            raise
-        text = " ".join(str(error).split())
-        shapes = ", ".join(map(str, in_shapes))
-        raise MethodError(
-            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}"
-        ) from error
+
+    def build() -> nn.Module:
+        return module(num_classes=num_classes, in_shapes=in_shapes, **more, **dict(options))
+
+    with _without_data(name, in_shapes):
+        made = _built(build)
+        features = _features(in_shapes, batch_dims, batch_size)
+        given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
+        if code_width:
+            given["code"] = torch.empty(batch_size, code_width)
+        with FlopCounterMode(display=False) as counter:
+            terms = made(*features, **given)
     if getattr(module, "gives_code", False):
         terms = terms[0]
     if not isinstance(terms, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.dim() == 0
         for key, value in terms.items()
     ):
-        raise MethodError(f"loss {name} must give a dict of scalar tensors by name")
+        raise LossError(f"loss {name} must give a dict of scalar tensors by name")
     return sum(p.numel() for p in made.parameters()), counter.get_total_flops()
+
+
+def check_exit(stage: int, loss: LocalLoss, num_classes: int, batch_size: int) -> None:
+    """Whether the loss can give the logits of a stage's exit, by running it without data.
+
+    Raises:
+        MethodError: it has no `logits`, or that fails or gives something else than logits.
+    """
+    name = loss_class(loss).__qualname__
+    wanted = f"logits(*features, mask=None) that gives (B, {num_classes})"
+    with context(f"the exit of stage {stage}"):
+        with _without_data(name, loss.in_shapes):
+            made = _built(partial(build_loss, loss, num_classes)).eval()
+            if not callable(logits := getattr(made, "logits", None)):
+                raise LossError(f"loss {name} has no `logits`; give the class a method {wanted}")
+            named = {}
+            if loss.mask:
+                length = next(shape[0] for shape in loss.in_shapes if len(shape) == 2)
+                named["mask"] = torch.ones(batch_size, length, dtype=torch.int64)
+            found = logits(*_features(loss.in_shapes, loss.batch_dims, batch_size), **named)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != (batch_size, num_classes):
+            raise LossError(
+                f"`logits` of loss {name} gives {shape} for a batch of {batch_size}; it must be a "
+                f"method {wanted}"
+            )
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    """A loss without memory; with it where its constructor computes with values."""
+    try:
+        return build()
+    except _READS_DATA:
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=()):
+            return build()
+
+
+def _features(
+    in_shapes: tuple[tuple[int, ...], ...], batch_dims: tuple[int, ...], batch_size: int
+) -> list[Tensor]:
+    dims = batch_dims or (0,) * len(in_shapes)
+    return [
+        torch.empty(*shape[:dim], batch_size, *shape[dim:])
+        for shape, dim in zip(in_shapes, dims, strict=True)
+    ]
+
+
+@contextmanager
+def _without_data(name: str, in_shapes: tuple[tuple[int, ...], ...]) -> Iterator[None]:
+    """Runs the block of loss `name` on tensors without data; how it fails is a MethodError."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
+    except ScplError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, _READS_DATA) or _IS_WITHOUT_DATA.search(text):
+            raise LossError(
+                f"loss {name} looks at the values of its tensors ({text}), and its cost is counted "
+                "on tensors without data; let it compute with whole tensors: torch.where or a "
+                "product with a mask in place of `if`, item(), tolist(), numpy() and x[mask]"
+            ) from error
+        shapes = ", ".join(map(str, in_shapes))
+        raise MethodError(
+            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}"
+        ) from error

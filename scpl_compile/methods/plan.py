@@ -20,6 +20,7 @@ from scpl_compile.ir import (
 )
 from scpl_compile.methods.base import Mask, Method, StageView, Value, losses_of
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
+from scpl_compile.methods.steps import inference_of
 
 __all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
 
@@ -131,7 +132,7 @@ def build_plan(
         num_microbatches=1,
         threads_per_stage=facts.threads_per_stage,
         optimizer=facts.optimizer,
-        inference=method.inference(num_stages),
+        inference=inference_of(method, losses, facts.num_classes, capture.batch_size),
         untrained=_classifier(flow, nodes, capture.model) if method.leaves_classifier else (),
         frontend=capture.frontend,
         opaque=facts.opaque,

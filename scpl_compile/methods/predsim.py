@@ -8,6 +8,7 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView, cross_entropy_loss
 from scpl_compile.methods.modules import module_loss
+from scpl_compile.runtime.head_spec import HeadSpec
 from scpl_compile.runtime.predsim import PredSim as PredSimLoss
 
 __all__ = ["PredSim"]
@@ -24,6 +25,7 @@ class PredSim(Method):
     def __init__(self, *, similarity: float = 0.99, pooling: str = "auto") -> None:
         if type(similarity) not in (int, float) or not 0 <= similarity <= 1:
             raise MethodError(f"option similarity is {similarity!r}; it must be from 0 to 1")
+        HeadSpec(head="identity", pooling=pooling)  # told here, and not as a model without a cut
         self._options: dict[str, Scalar] = {"similarity": float(similarity), "pooling": pooling}
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scpl_compile.runtime.head_spec import HeadSpec, Shapes, option_error
+from scpl_compile.runtime.head_spec import LARGEST, HeadSpec, Shapes, option_error
 from scpl_compile.runtime.heads import Trunk, in_dtype_of
 
 __all__ = ["Association"]
@@ -56,8 +56,8 @@ class Association(nn.Module):
         if activation not in _ACTIVATIONS:
             raise option_error("activation", activation, f"one of {', '.join(_ACTIVATIONS)}")
         for name, width in (("latent", latent), ("hidden", hidden)):
-            if type(width) is not int or width < 1:
-                raise option_error(name, width, "a whole number, 1 or more")
+            if type(width) is not int or not 1 <= width <= LARGEST:
+                raise option_error(name, width, f"a whole number, 1 or more, {LARGEST} or less")
         spec = HeadSpec(head="identity", pooling=pooling, layout=layout)
         self.num_classes = num_classes
         self.is_first = is_first

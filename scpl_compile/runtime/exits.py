@@ -1,7 +1,8 @@
 """The weights of the heads that inference needs: exit-K.safetensors in a run.
 
 They are local classifiers, or all heads of Associated Learning. The original model, whose names
-final.safetensors has, knows nothing of them. On ranks each writes that of its stage.
+final.safetensors has, knows nothing of them. On ranks each writes that of its stage. A file tells
+after which step it was written, so that one is never taken with weights of another step.
 """
 
 import json
@@ -34,9 +35,9 @@ def _head(plan: Plan, stage: StageStep) -> nn.Module:
 
 
 def save_exits(
-    directory: Path, plan: Plan, stages: Iterable[StageStep], *, writes: bool = True
+    directory: Path, plan: Plan, stages: Iterable[StageStep], steps: int, *, writes: bool = True
 ) -> None:
-    """Write the heads of those of `stages` that have an exit.
+    """Write the heads of those of `stages` that have an exit, after so many steps.
 
     writes: False for a replica that only has its share of a sharded stage to give.
 
@@ -52,34 +53,57 @@ def save_exits(
                     for name, value in state.items()
                 }
             if writes:
-                _write(_file(directory, stage.index), tensors, plan.digest)
+                facts = {"plan": plan.digest, "steps": steps}
+                _write(_file(directory, stage.index), tensors, facts)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], digest: str) -> None:
-    try:
-        checkpoint.save_tensors(path, tensors, {"exit": json.dumps({"plan": digest})})
+def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    try:  # one key: the order of several is not kept in the file
+        checkpoint.save_tensors(path, tensors, {"exit": json.dumps(facts)})
     except OSError as error:
         raise ProgramError(f"{path} cannot be written ({error}); make room and --resume") from error
 
 
-def load_exits(directory: Path, plan: Plan, stages: Iterable[StageStep]) -> Path | None:
+def load_exits(
+    directory: Path, plan: Plan, stages: Iterable[StageStep], steps: int | None = None
+) -> Path | None:
     """Fill the heads of `stages`; the first file that is missing, where one is: then nothing is.
 
+    steps: after how many the weights of the model beside them were written; None: not known, then
+    the files must agree with each other.
+
     Raises:
-        ProgramError: a file is damaged, or of another plan.
+        ProgramError: a file is damaged, or of another plan or step; no head is filled.
     """
     found = {stage: _file(directory, stage.index) for stage in stages
              if stage.index in _exit_stages(plan)}  # fmt: skip
     for path in found.values():
         if not path.is_file():
             return path
+    read: dict[StageStep, dict[str, Tensor]] = {}
     for stage, path in found.items():
-        tensors, metadata = checkpoint.load_tensors(path)
-        if metadata.get("exit") != json.dumps({"plan": plan.digest}):
-            raise ProgramError(f"{path} is of another plan; train this program again")
+        read[stage], metadata = checkpoint.load_tensors(path)
+        own = _steps(path, metadata, plan.digest)
+        steps = own if steps is None else steps
+        if own != steps:
+            raise ProgramError(
+                f"{path} was written after {own} steps and the weights beside it after {steps}, so "
+                "they do not belong together; go on with the run by --resume, or train it again"
+            )
+    for stage, path in found.items():
         try:
-            _head(plan, stage).load_state_dict(tensors)
+            _head(plan, stage).load_state_dict(read[stage])
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise ProgramError(f"{path} is not of this program ({text})") from error
     return None
+
+
+def _steps(path: Path, metadata: Mapping[str, str], digest: str) -> int:
+    try:
+        facts = json.loads(metadata.get("exit", ""))
+        if facts["plan"] == digest:
+            return int(facts["steps"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ProgramError(f"{path} is of another plan; train this program again")

@@ -15,6 +15,7 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
 
 __all__ = [
+    "LARGEST",
     "HeadSpec",
     "Shapes",
     "TensorPath",
@@ -35,6 +36,9 @@ Shapes = Sequence[Sequence[int]]
 HEADS = ("auto", "identity", "linear", "mlp", "mlp-bn", "conv")
 LAYOUTS = ("auto", "nchw", "nhwc")
 SHRINK = ("max", "avg")
+LARGEST = 1_000_000
+"""Of any option that is a number: far above what is of use, far below what overflows."""
+
 POOLING = re.compile(r"auto|none|gap|mean|cls|avg:[1-9][0-9]*")
 
 
@@ -142,6 +146,8 @@ def _check_type(name: str, value: Any, default: Any) -> None:
     wanted = type(default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
         raise option_error(name, value, f"of type {wanted.__name__}, as in {name}={default}")
+    if wanted in (int, float) and value > LARGEST:
+        raise option_error(name, value, f"{LARGEST} or less")
 
 
 def _resolved_head(spec: HeadSpec, in_shapes: Shapes) -> str:

@@ -90,7 +90,7 @@ def load_module(path: str | Path, prefix: str = "scpl_file") -> ModuleType:
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, (Exception, SystemExit)):
-            raise _import_failure(str(path), error) from error
+            raise _import_failure(str(path), error, _relative_hint(path, error)) from error
         raise
     return module
 
@@ -129,8 +129,23 @@ def _read(path: Path) -> bytes:
         raise SourceError(f"the file {path} cannot be read: {error.strerror}") from error
 
 
-def _import_failure(place: str, error: BaseException) -> SourceError:
-    return SourceError(f"importing {place} failed with {type(error).__name__}: {error}")
+def _import_failure(place: str, error: BaseException, hint: str = "") -> SourceError:
+    return SourceError(f"importing {place} failed with {type(error).__name__}: {error}{hint}")
+
+
+def _relative_hint(path: Path, error: BaseException) -> str:
+    """What to write in place of `from .neighbour import …`."""
+    if not isinstance(error, ImportError) or "relative import" not in str(error):
+        return ""
+    root, package = path.parent, ""
+    while (root / "__init__.py").is_file():
+        root, package = root.parent, f"{root.name}.{package}"
+    if not package:
+        return "; a file is loaded by itself, so import its neighbours by their names, without dots"
+    return (
+        f"; a file is loaded by itself, outside of its package: write `from {package[:-1]} import "
+        f"…` in place of the dots, with {root} on PYTHONPATH"
+    )
 
 
 @contextmanager

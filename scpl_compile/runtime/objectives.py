@@ -3,8 +3,9 @@
 Such a module is built from `num_classes`, `in_shapes` (of the tensors that it reads, each without
 its batch dimension), `batch_dims` where one is not 0, and its options; it is called with these
 tensors, `labels` (B,) and, where the plan says so, `mask`, and gives its terms by name, scalars
-whose sum is the stage's loss. One that gives a code of the labels to the next stage gives it beside
-the terms, and takes that of the stage before as `code`.
+whose sum is the stage's loss. Where the stage has an exit, `logits` of the tensors (and the mask)
+gives (B, num_classes). One of scpl_compile's own that gives a code of the labels to the next stage
+gives it beside the terms, and takes that of the stage before as `code`.
 """
 
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.losses import LocalLoss
 from scpl_compile.runtime.predsim import PredSim
 
-__all__ = ["build_loss", "loss_class"]
+__all__ = ["LOSS_CLASSES", "build_loss", "loss_class"]
 
-_CLASSES: Mapping[str, type[nn.Module]] = MappingProxyType(
+LOSS_CLASSES: Mapping[str, type[nn.Module]] = MappingProxyType(
     {"local": LocalLoss, "predsim": PredSim, "al": Association}
 )  # fmt: skip
 
@@ -33,7 +34,7 @@ def loss_class(loss: ir.LocalLoss) -> type[nn.Module]:
         SourceError: the user's own file is missing, or has changed.
     """
     if loss.source is None:
-        return _CLASSES[loss.kind]
+        return LOSS_CLASSES[loss.kind]
     found: type[nn.Module] = load_callable(
         loss.source.path, loss.source.name, loss.source.sha256
     )  # fmt: skip

@@ -331,7 +331,8 @@ class RankTrainer(Trainer):
     def save_exits(self, run: Path) -> None:
         """As Trainer's: every rank of the first replica writes those of its stages."""
         self.drain()
-        save_exits(run, self.plan, self._stages, writes=self._ranks.replica == 0)
+        writes = self._ranks.replica == 0
+        save_exits(run, self.plan, self._stages, self.num_steps, writes=writes)
 
     def save(
         self,

@@ -76,7 +76,6 @@ class Run:
         self._validated: set[int] = set()
         self._validation: float | None = None
         self._lock: RunLock | None = None
-        self._termination: Termination | None = None
         self._last_step: int | None = None
         try:
             self._files = self._open_files()
@@ -249,7 +248,7 @@ class Run:
             # A checkpoint's steps are all in metrics.jsonl, or a run that is killed and resumed
             # would lack some.
             self._trainer.save(self.directory, before_complete=self._write_losses)
-        if self._termination is not None and self._termination.is_asked:
+        if self._termination.is_asked:
             self._end_early()
 
     def _end_early(self) -> None:

@@ -26,7 +26,7 @@ from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.options import Options
 
-__all__ = ["Follower", "RunDirectory", "trained_steps"]
+__all__ = ["Follower", "RunDirectory", "trained_in", "trained_steps"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
              "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate", "amp",
@@ -214,6 +214,24 @@ def trained_steps(weights: Path, plan_digest: str) -> int | None:
         return int(facts["steps"]) if facts["plan"] == plan_digest else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def trained_in(weights: Path, plan_digest: str) -> dict[str, Any]:
+    """amp and channels_last of the run of this plan that wrote `weights`; {} for any other file.
+
+    They are those of the run.json beside it.
+
+    Raises:
+        ProgramError: a file is missing or damaged.
+    """
+    path = weights.parent / "run.json"
+    if trained_steps(weights, plan_digest) is None or not path.is_file():
+        return {}
+    facts = _read_object(path)
+    options = facts.get("options")
+    if facts.get("plan") != plan_digest or not isinstance(options, dict):
+        return {}
+    return {name: options[name] for name in ("amp", "channels_last") if name in options}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +32,16 @@ _SHARES = (0.1, 0.2)  # of validation and test, where the file names no splits
 _OTHER, _FIRST_WORD = 1, 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A text of the file; line: the last one that it stands on. part: "" where none is named."""
+
+    line: int
+    text: str
+    label: str
+    part: str
+
+
 def words_of(text: str) -> list[str]:
     """The tokens of a text."""
     return _WORD.findall(text.lower())
@@ -42,19 +53,20 @@ def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
     tabs between its columns.
 
     Raises:
-        DataError: the file is missing, damaged, or has other columns; the model takes something
-            else than token numbers and a mask.
+        DataError: the file is missing, damaged, or has other columns; a label is in no training
+            row; the model takes something else than token numbers and a mask.
     """
     length, size, has_mask = _wanted(spec, inputs)
-    texts, names, parts = _read(path)
-    classes = {name: i for i, name in enumerate(sorted(set(names), key=_order))}
+    given = _read(path)
+    classes = {name: i for i, name in enumerate(sorted({row.label for row in given}, key=_order))}
     if len(classes) < 2:
-        raise DataError(f"{path} has one label, {names[0]!r}; a classifier needs two")
-    labels = torch.tensor([classes[name] for name in names])
-    tokens = [words_of(text) for text in texts]
-    rows = _rows(parts, labels)
+        raise DataError(f"{path} has one label, {given[0].label!r}; a classifier needs two")
+    labels = torch.tensor([classes[row.label] for row in given])
+    tokens = [words_of(row.text) for row in given]
+    rows = _rows([row.part for row in given], labels)
     if not len(rows["train"]):
         raise DataError(f"{path} has no row whose split is train")
+    _check_trained(path, given)
     known = _vocabulary([tokens[row] for row in rows["train"].tolist()], size)
 
     def split(part: str) -> Split | None:
@@ -90,39 +102,52 @@ def _is_tokens(item: InputSpec) -> bool:
     return len(item.shape) == 1 and item.dtype in ("int64", "int32")
 
 
-def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """Texts, labels and parts of the rows; a part is "" where there is no such column."""
+def _read(path: Path) -> list[_Row]:
+    """The rows, at least one.
+
+    Lines are counted by the reader: blank ones are no rows, and a quoted text may have several.
+    """
     with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             columns = reader.fieldnames or ()
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
         except csv.Error as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"line {reader.reader.line_num}: {error}") from error
     if missing := {"text", "label"} - set(columns):
         raise DataError(
             f"{path} has no column {min(missing)!r}; its columns: {', '.join(columns) or 'none'}"
         )
     if len(set(columns)) < len(columns):
         raise DataError(f"{path} has two columns of one name; its columns: {', '.join(columns)}")
-    for number, row in enumerate(rows, 2):
-        part = row.get("split")
-        if None in row:
-            raise DataError(
-                f"{path}, row {number} has more columns than the first row; quote a text that has "
-                "commas"
-            )
-        if not row["text"] or not (row["label"] or "").strip():
-            raise DataError(f"{path}, row {number}: a text and a label are needed")
-        if "split" in columns and part not in _PARTS:
-            raise DataError(f"{path}, row {number}: split {part!r} is not {', '.join(_PARTS)}")
     if not rows:
         raise DataError(f"{path} has no rows")
-    return (
-        [row["text"] for row in rows],
-        [row["label"].strip() for row in rows],
-        [row.get("split") or "" for row in rows],
-    )
+    return [_row(path, line, row, "split" in columns) for line, row in rows]
+
+
+def _row(path: Path, line: int, row: Mapping[str | None, str | None], has_parts: bool) -> _Row:
+    text, label, part = row["text"], (row["label"] or "").strip(), row.get("split") or ""
+    if None in row:
+        raise DataError(
+            f"{path}, line {line} has more columns than the first line; quote a text that has "
+            "commas"
+        )
+    if not text or not label:
+        raise DataError(f"{path}, line {line}: a text and a label are needed")
+    if has_parts and part not in _PARTS:
+        raise DataError(f"{path}, line {line}: split {part!r} is not {', '.join(_PARTS)}")
+    return _Row(line=line, text=text, label=label, part=part)
+
+
+def _check_trained(path: Path, given: Sequence[_Row]) -> None:
+    """A class that is only evaluated would count as wrong, and its place in the logits stay."""
+    trained = {row.label for row in given if row.part in ("", "train")}
+    for row in given:
+        if row.label not in trained:
+            raise DataError(
+                f"{path}, line {row.line}: the split {row.part} has the label {row.label!r}, and "
+                "no row of train has it; give train rows of it, or leave these out"
+            )
 
 
 def _order(label: str) -> tuple[float, str]:

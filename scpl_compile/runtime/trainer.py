@@ -332,12 +332,12 @@ class Trainer:
     def save_exits(self, run: Path) -> None:
         """Drain, and write the local classifiers that are exits into `run` (see exits.py)."""
         self.drain()
-        save_exits(run, self.plan, self._stages)
+        save_exits(run, self.plan, self._stages, self.num_steps)
 
-    def load_exits(self, run: Path) -> Path | None:
-        """Go on with what `save_exits` wrote; the first file that is missing, if one is."""
+    def load_exits(self, run: Path, steps: int | None = None) -> Path | None:
+        """Go on with what `save_exits` wrote (after `steps`); the first missing file, if one is."""
         self.drain()
-        return load_exits(run, self.plan, self._stages)
+        return load_exits(run, self.plan, self._stages, steps)
 
     def save(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import Plan, Stage
 from scpl_compile.runtime.losses import cross_entropy
 from scpl_compile.runtime.objectives import build_loss
+from scpl_compile.runtime.own_stage import build_without_memory
 from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.verify.compare import (
     RTOL,
@@ -163,8 +165,8 @@ class StepCheck:
                     raise VerifyError(f"two of its losses give a term of the name {loss.name!r}")
                 losses[loss.name] = cross_entropy(reads[0], self._labels)
                 continue
-            with torch.device("meta"):
-                planned = build_loss(loss, self._plan.num_classes)
+            with torch.random.fork_rng(devices=()):  # its weights are not used; it draws below
+                planned = build_without_memory(partial(build_loss, loss, self._plan.num_classes))
             weights = _tensors(getattr(self._module, loss.name))
             if _shapes(weights) != _shapes(_tensors(planned)):
                 raise VerifyError(f"its {loss.name} has other weights than the plan says")
@@ -212,7 +214,7 @@ class StepCheck:
         reads = [values[name] for name in loss.reads]
         mask = [values[loss.mask]] if loss.mask else []
         head = getattr(self._module, loss.name)
-        expected = head.logits(*reads, mask=mask[0] if mask else None)
+        expected = head.logits(*reads, **({"mask": mask[0]} if mask else {}))
         if _differ(self._module.exit(*reads, *mask), expected):
             raise VerifyError("its exit gives other logits than its local classifier")
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_each_path_bucket_of_the_batch_and_width_is_timed(phase: str) -> None:
         timed = len(timer.ran)
         tuned(timer, tuner, phase, (shape[0] - 20, shape[1]))
         assert len(timer.ran) == timed >= 4 * number
+
+
+def test_what_one_process_keeps_no_other_one_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuner of its own stands for the process: there is no file that two of them could spoil."""
+    for variable in ("HOME", "TMPDIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ways = candidates(way(1024, 64), "forward", 1024, 64)
+    for fastest in (ways[0].forward, ways[-1].forward):
+        timer = Timer(lambda tiles, fastest=fastest: float(tiles != fastest))
+        tuner = Tuner(timer, wanted=lambda _: True)
+        assert tuned(timer, tuner, "forward", (1024, 64)) == fastest
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_is_not_taken() -> None:

@@ -41,8 +41,15 @@ def test_a_last_stage_without_the_feature_of_its_classifier_takes_the_logits() -
     ("options", "message"),
     [
         ({"latent": 0}, "option latent is 0; it must be a whole number, 1 or more"),
+        *(
+            ({name: value}, f"option {name} is .*; it must be a whole number, 1 or more, 1000000 ")
+            for name in ("latent", "hidden")
+            for value in (-1, 1.5, "abc", "nan", True, 3_000_000_000, 10**30)
+        ),
+        *(({"pooling": pooling}, "option pooling is") for pooling in ("big", "avg:0", 3)),
+        ({"activation": 3}, "option activation is 3; it must be one of sigmoid, tanh"),
         ({"activation": "relu"}, "option activation is 'relu'; it must be one of sigmoid, tanh"),
-        ({"temperature": 1.0}, "method 'al': .*temperature"),
+        ({"temperature": 1.0}, "'al' has no option 'temperature'; its options are latent, "),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:

@@ -30,6 +30,36 @@ def test_every_method_is_made_by_its_name() -> None:
             "gpipe, 1f1b, zb, ddp",
         ),
         ({"name": "scpl", "preset": "papre"}, "preset 'papre' is not one of default, paper"),
+        *(
+            ({"name": name, "options": {"pooling": pooling}}, f"option pooling is {pooling!r}")
+            for name in METHODS
+            if name not in ("bp", "al")  # al: with latent, in test_al
+            for pooling in ("big", "avg:0", 3, "nan")
+        ),
+        *(
+            (
+                {"name": "scpl", "options": {name: value}},
+                f"option {name} is .*; it must be 1000000 ",
+            )
+            for name in ("hidden", "out", "channels", "stride", "conv_size", "channel_limit")
+            for value in (3_000_000_000, 10**30)
+        ),
+        *(
+            ({"name": "scpl", "options": {name: value}}, f"option {name} is .*; it must be")
+            for name in ("temperature", "contrast", "cross_entropy", "channel_multiplier")
+            for value in (10**400, float("inf"), float("nan"), -1, "abc", True)
+        ),
+        *(
+            (
+                {"name": "predsim", "options": {"similarity": value}},
+                "option similarity is .* 0 to 1",
+            )
+            for value in ("abc", "nan", float("nan"), -0.1, 1.1, True, 10**400)
+        ),
+        (
+            {"name": "predsim", "options": {"gamma": "abc"}},
+            "'predsim' has no option 'gamma'; its .* similarity, pooling$",
+        ),
         ({"name": "scpl", "options": {"last": "no"}}, "option last is 'no'.*through, released"),
         ({"name": "scpl", "options": {"temprature": 1.0}}, "did you mean temperature"),
         ({"name": "scpl", "options": {"temperature": -1.0}}, "temperature is -1.0"),

@@ -1,5 +1,6 @@
 """Local losses that are modules of another class, a method of one's own among their users."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 from views import FIRST, LAST, NUM_CLASSES, TEXT
 
 from scpl_compile.errors import MethodError, SourceError
-from scpl_compile.methods import make_method, module_loss
+from scpl_compile.ir import LocalLoss
+from scpl_compile.methods import Method, StageView, make_method, module_loss
 from scpl_compile.methods.base import losses_of
 from scpl_compile.runtime.loading import file_sha256, load_callable
 from scpl_compile.runtime.objectives import build_loss
@@ -83,13 +85,80 @@ def test_a_loss_that_cannot_be_used_is_told(tmp_path: Path, body: str, message: 
         make_method(f"{path}:Mine").losses(FIRST)
 
 
+LOOKS = [
+    "return {'x': features[0].sum() * (1 + labels.tolist()[0])}",
+    "return {'x': features[0].sum() * labels.max().item()}",
+    "return {'x': features[0][labels > 0].sum()}",
+    "return {'x': features[0].sum() * len(labels.unique())}",
+    "return {'x': features[0].sum() if features[0].sum() > 0 else features[0].mean()}",
+    "return {'x': features[0].sum() * float(labels.numpy()[0])}",
+    "return {'x': torch.tensor(sum(int(label) for label in labels))}",
+]
+
+
+@pytest.mark.parametrize("body", LOOKS)
+def test_a_loss_that_looks_at_data_is_told_what_to_do(tmp_path: Path, body: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_TEXT.format(body=body, name="mine"))
+    message = r"loss Loss looks at the values of its tensors .*; let it compute with .* torch.where"
+    with pytest.raises(MethodError, match=message):
+        make_method(f"{path}:Mine").losses(FIRST)
+
+
+def test_a_loss_may_read_a_tensor_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = OWN_TEXT.format(body="return {'x': (features[0] * WEIGHTS).sum()}", name="mine")
+    path.write_text(f"{text}\nWEIGHTS = torch.ones(6)\n")
+    assert make_method(f"{path}:Mine").losses(FIRST)[0].num_parameters == 0
+
+
+def test_codes_are_of_associated_learning_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = OWN_TEXT.format(body="return {'x': features[0].sum()}, labels", name="mine")
+    path.write_text(text.replace("def __init__", "gives_code = True\n    def __init__", 1))
+    with pytest.raises(MethodError, match=r"loss Loss gives a code \(gives_code\), and only the"):
+        make_method(f"{path}:Mine").losses(FIRST)
+
+
+class Coded(Method):
+    """predsim, whose losses take or give a code."""
+
+    name = "coded"
+
+    def __init__(self, **codes: str) -> None:
+        self.codes = codes
+
+    def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
+        (loss,) = make_method("predsim").losses(view)
+        return (replace(loss, **self.codes),)
+
+
+@pytest.mark.parametrize("field", ["code", "gives"])
+def test_a_loss_of_another_kind_has_no_code(field: str) -> None:
+    with pytest.raises(MethodError, match="of method 'coded' gives a loss that takes or gives a c"):
+        losses_of(Coded(**{field: "c"}), FIRST)
+
+
+@pytest.mark.parametrize("kind", ["predsim", "al", "local", "mine"])
+def test_a_kind_is_of_its_own_class(kind: str) -> None:
+    own = load_callable(OWN, "Directions")
+    with pytest.raises(MethodError, match=f"loss Directions is not of the kind '{kind}'"):
+        module_loss(own, FIRST.sends, FIRST, kind=kind)
+
+
 @pytest.mark.parametrize(
     ("spec", "name", "options", "error", "message"),
     [
         ("mine.py:Mine", "scpl", {}, MethodError, "has the name 'scpl'; give the class a `name`"),
         ("mine.py:Mine", "ddp", {}, MethodError, "has the name 'ddp'"),
         ("mine.py:Mine", "my method", {}, MethodError, "has the name 'my method'"),
-        ("mine.py:Mine", "mine", {"x": 1}, MethodError, "method 'mine': .*argument"),
+        (
+            "mine.py:Mine",
+            "mine",
+            {"x": 1},
+            MethodError,
+            "method 'mine' has no option 'x'; it has none",
+        ),
         ("mine.py:NoMethod", "mine", {}, MethodError, "is no subclass of scpl_compile.methods.Me"),
         ("mine.py:Gone", "mine", {}, SourceError, "'Gone'"),
         ("gone.py:Mine", "mine", {}, SourceError, "gone.py"),
@@ -108,6 +177,14 @@ def test_a_method_that_cannot_be_used_is_told(
     Path("mine.py").write_text(OWN_TEXT.format(body="return {}", name=name))
     with pytest.raises(error, match=message):
         make_method(spec, options=options)
+
+
+def test_a_constructor_that_fails_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    made = "def __init__(self, scale=1):\n        self.scale = {1: 1}[scale]\n    def losses"
+    path.write_text(OWN_TEXT.format(body="return {}", name="mine").replace("def losses", made))
+    with pytest.raises(MethodError, match="method 'mine': KeyError: 3"):
+        make_method(f"{path}:Mine", options={"scale": 3})
 
 
 def test_a_preset_that_it_does_not_have_is_told(tmp_path: Path) -> None:

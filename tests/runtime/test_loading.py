@@ -145,6 +145,31 @@ def test_a_file_that_fails_gives_its_error_and_leaves_no_module(write, source, m
     assert not [name for name in set(sys.modules) - before if name.startswith("scpl_file")]
 
 
+@pytest.mark.parametrize("is_package", [True, False])
+def test_a_relative_import_is_told_with_what_to_write_instead(write, tmp_path, is_package):
+    path = write("outer/inner/net.py", "from .helper import VALUE")
+    write("outer/inner/helper.py", "VALUE = 1")
+    message = "relative import .*import its neighbours by their names, without dots"
+    if is_package:
+        write("outer/__init__.py", "")
+        write("outer/inner/__init__.py", "")
+        message = (
+            "relative import .*outside of its package: write `from outer.inner import …` in place "
+            f"of the dots, with {tmp_path} on PYTHONPATH"
+        )
+    with pytest.raises(SourceError, match=message):
+        load_module(path)
+
+
+def test_what_it_tells_to_write_instead_works(write, tmp_path, monkeypatch):
+    write("outer_two/__init__.py", "")
+    write("outer_two/helper.py", "VALUE = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_module(write("outer_two/net.py", "from outer_two import helper")).helper.VALUE == 1
+    write("alone/helper_three.py", "VALUE = 3")
+    assert load_module(write("alone/net.py", "import helper_three as h")).h.VALUE == 3
+
+
 def test_an_unknown_name_lists_the_files_callables_the_closest_first(write):
     path = write("net.py", NET.replace("def build", "from json import loads\ndef build"))
     with pytest.raises(SourceError, match="has no 'biuld'; its callables: build, Net$"):

@@ -72,6 +72,16 @@ def test_labels_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
     assert found.train.labels.tolist() == [2, 1, 0, 3]
 
 
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_class_that_no_training_text_has_is_told(tmp_path: Path, part: str) -> None:
+    rows = f"text,label,split\na,x,train\nb,y,train\nc,z,{part}\n"
+    message = f"line 4: the split {part} has the label 'z', and no row of train has it; give train"
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path, rows)
+    more = "d,z,train\ne,x,test\nf,y,validation\n"
+    assert opened(tmp_path, rows + more, "ids:int64:5<9").num_classes == 3
+
+
 def test_a_tsv_file_has_tabs(tmp_path: Path) -> None:
     rows = "a\tone, two\nb\tthree\n" * 20
     found = opened(tmp_path, f"label\ttext\n{rows}", "ids:int64:5<9", name="data.tsv")
@@ -90,13 +100,17 @@ def test_a_text_without_a_word_is_one_unknown_word(tmp_path: Path) -> None:
         ("text,kind\na,b\n", r"has no column 'label'; its columns: text, kind"),
         ("", "has no column 'label'; its columns: none"),
         ("text,label\n", "has no rows"),
-        ("text,label\na,\n", "row 2: a text and a label are needed"),
-        ("text,label,split\na,b,train\nc,d,dev\n", r"row 3: split 'dev' is not train, validation"),
+        ("text,label\na,\n", "line 2: a text and a label are needed"),
+        ("text,label,split\na,b,train\nc,d,dev\n", r"line 3: split 'dev' is not train, validation"),
         ("text,label,split\na,b,test\nc,d,test\n", "has no row whose split is train"),
         ("text,label\na,b\nc,b\n", "has one label, 'b'; a classifier needs two"),
-        ("text,label\nNice, well made,good\na,b\n", "row 2 has more columns than the first row"),
+        ("text,label\nNice, well made,good\na,b\n", "line 2 has more columns than the first line"),
+        ("text,label\n\n\na,b\n\nc,\n", "line 6: a text and a label are needed"),
+        ('text,label\n"a\n\nb",c\nd,\n', "line 5: a text and a label are needed"),
+        ('text,label\nd,e\n"a\nb",\n', "line 4: a text and a label are needed"),
+        ('text,label,split\n"a\nb",c,train\n\nd,e,train\nf,g,test\n', "line 6: the split test"),
         ("text,label,text\na,b,c\n", "has two columns of one name"),
-        ("text,label\n" + 200_000 * "x" + ",a\n", "is damaged or cannot be read: field larger"),
+        ("text,label\n" + 200_000 * "x" + ",a\n", "cannot be read: line 2: field larger"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, message: str) -> None:
