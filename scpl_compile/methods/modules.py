@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import LocalLoss, LossSource, Scalar
+from scpl_compile.ir import MULTI_LABEL, LocalLoss, LossSource, Scalar
 from scpl_compile.methods.base import StageView, Value, features_of
 from scpl_compile.runtime.loading import file_sha256
 
@@ -50,6 +50,7 @@ def module_loss(
         batch_size,
         tuple(options.items()),
         code_width,
+        view.task == MULTI_LABEL,
     )
     lengths = {shape[0] for shape in in_shapes if len(shape) == 2}
     return LocalLoss(
@@ -83,6 +84,7 @@ def _cost(
     batch_size: int,
     options: tuple[tuple[str, Scalar], ...],
     code_width: int,
+    is_multi_label: bool,
 ) -> tuple[int, int]:
     """(elements of its parameters, forward FLOPs); the same for all cuts of the same shapes."""
     more: Mapping[str, object] = {"batch_dims": batch_dims} if any(batch_dims) else {}
@@ -94,7 +96,9 @@ def _cost(
                 torch.empty(*shape[:dim], batch_size, *shape[dim:])
                 for shape, dim in zip(in_shapes, batch_dims, strict=True)
             ]
-            given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
+            shape = (batch_size, num_classes) if is_multi_label else (batch_size,)
+            kind = torch.bool if is_multi_label else torch.int64
+            given = {"labels": torch.zeros(shape, dtype=kind)}
             if code_width:
                 given["code"] = torch.empty(batch_size, code_width)
             with FlopCounterMode(display=False) as counter:

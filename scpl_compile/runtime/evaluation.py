@@ -16,6 +16,10 @@ __all__ = ["Evaluation", "Tally"]
 class Evaluation:
     """accuracy and mean cross entropy of every exit (the last one is the model's own output).
 
+    Of task multi-label the accuracies are of the single labels (there where the probability is
+    above 1/2), the cross entropy is binary, and exact_matches are the shares of samples whose
+    labels are all right; else these are empty.
+
     Where samples left early there is one accuracy and one loss. exit_shares: of the samples, by
     exit; compute: forward FLOPs over those of all samples going through the model alone, None where
     they cannot be counted.
@@ -26,10 +30,11 @@ class Evaluation:
     losses: tuple[float, ...]
     exit_shares: tuple[float, ...] = ()
     compute: float | None = None
+    exact_matches: tuple[float, ...] = ()
 
     @property
     def accuracy(self) -> float:
-        """Share of samples whose label the last exit finds."""
+        """Share of samples whose label, or of labels that, the last exit finds."""
         return self.accuracies[-1]
 
 
@@ -40,18 +45,24 @@ class Tally:
         self._num_samples = 0
         self._correct: list[float] = []
         self._losses: list[float] = []
+        self._exact: list[float] = []
+        self._is_multi_label = False
         self._left: list[int] = []
         self.costs: list[float] = []
         """Of a sample that leaves by each exit, where samples leave early."""
 
     def add(self, exits: Sequence[Tensor], labels: Tensor) -> None:
-        """exits: logits (B, C) of each; labels: int64 (B,)."""
+        """exits: logits (B, C) of each; labels: int64 (B,), or bool (B, C)."""
         self._correct = self._correct or [0.0] * len(exits)
         self._losses = self._losses or [0.0] * len(exits)
+        self._exact = self._exact or [0.0] * len(exits)
+        self._is_multi_label = labels.dtype == torch.bool
+        score = _score_labels if self._is_multi_label else _score
         for i, logits in enumerate(exits):
-            target = labels.to(logits.device)
-            self._correct[i] += float((logits.argmax(-1) == target).sum())
-            self._losses[i] += float(F.cross_entropy(logits.float(), target, reduction="sum"))
+            correct, exact, loss = score(logits.float(), labels.to(logits.device))
+            self._correct[i] += correct
+            self._exact[i] += exact
+            self._losses[i] += loss
         self._num_samples += len(labels)
 
     def add_exits(self, exits: Tensor, num_exits: int) -> None:
@@ -61,9 +72,12 @@ class Tally:
         self._left = [a + b for a, b in zip(left, counts, strict=True)]
 
     @property
-    def sums(self) -> tuple[float, float, float]:
-        """Samples, and of the first exit how many are right and the sum of the cross entropies."""
-        return float(self._num_samples), sum(self._correct[:1]), sum(self._losses[:1])
+    def sums(self) -> tuple[float, float, float, float]:
+        """Samples, and of the first exit how many are right, exactly right, and the sum of the
+        cross entropies.
+        """
+        correct, exact, loss = (sum(x[:1]) for x in (self._correct, self._exact, self._losses))
+        return float(self._num_samples), correct, exact, loss
 
     def result(self) -> Evaluation:
         """What was added. Raises DataError where that is nothing."""
@@ -76,8 +90,29 @@ class Tally:
             losses=tuple(value / count for value in self._losses),
             exit_shares=tuple(left / count for left in self._left),
             compute=self._compute() if self._left and self.costs else None,
+            exact_matches=tuple(n / count for n in self._exact) if self._is_multi_label else (),
         )
 
     def _compute(self) -> float:
         pairs = zip(self._left, self.costs, strict=True)
         return sum(left * cost for left, cost in pairs) / self._num_samples
+
+
+def _score(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Sums over the samples: right ones, twice, and cross entropies."""
+    correct = float((logits.argmax(-1) == labels).sum())
+    return correct, correct, float(F.cross_entropy(logits, labels, reduction="sum"))
+
+
+def _score_labels(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Sums over the samples: the share of labels that are right, whether all are, and the mean
+    binary cross entropy.
+    """
+    is_right = (logits > 0) == labels
+    entropy = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
+    num_labels = labels.shape[1]
+    return (
+        float(is_right.sum()) / num_labels,
+        float(is_right.all(1).sum()),
+        float(entropy) / num_labels,
+    )

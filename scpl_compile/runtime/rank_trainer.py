@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scpl_compile.actions import SCHEDULES, Action
 from scpl_compile.errors import DataError, MethodError
-from scpl_compile.ir import Plan
+from scpl_compile.ir import MULTI_LABEL, Plan
 from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import Inputs, labelled, named_inputs, num_samples
 from scpl_compile.runtime.batch_engine import BatchEngine
@@ -259,7 +259,7 @@ class RankTrainer(Trainer):
         exits = self._inference.exit_stages
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
-            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
+            values, labels = labelled(self.plan, batch)
             # A sharded stage is gathered for every forward, so all replicas take every batch.
             if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
                 found, labels = self._inference.run(values, labels)
@@ -269,17 +269,19 @@ class RankTrainer(Trainer):
 
     def _together(self, tallies: Mapping[int, Tally], num_exits: int) -> Evaluation:
         """The sums of all ranks."""
-        sums = torch.zeros(num_exits, 3, dtype=torch.float64)
+        sums = torch.zeros(num_exits, 4, dtype=torch.float64)
         for i, tally in tallies.items():
             sums[i] = torch.tensor(tally.sums, dtype=torch.float64)
         dist.all_reduce(sums)
-        counts, correct, losses = sums.unbind(1)
+        counts, correct, exact, losses = sums.unbind(1)
+        is_multi_label = self.plan.task == MULTI_LABEL
         if not counts[-1]:
             raise DataError("there is no sample to evaluate on")
         return Evaluation(
             num_samples=int(counts[-1]) // (self._ranks.num_replicas if self._is_sharded else 1),
             accuracies=tuple((correct / counts).tolist()),
             losses=tuple((losses / counts).tolist()),
+            exact_matches=tuple((exact / counts).tolist()) if is_multi_label else (),
         )
 
     # ------------------------------------------------------------------ state

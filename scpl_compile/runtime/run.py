@@ -28,7 +28,7 @@ from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
 
-__all__ = ["TRAINING", "Run", "evaluation_facts"]
+__all__ = ["TRAINING", "Run", "accuracy_text", "evaluation_facts"]
 
 TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
             "clip_norm", "accumulate", "amp", "channels_last", "wire_dtype")  # fmt: skip
@@ -362,7 +362,7 @@ class Run:
     def _tell(self, result: Mapping[str, Any]) -> None:
         rate = result.get("samples_per_second")
         say(
-            f"{100 * result['accuracy']:.2f} % on the test split after {result['steps']} steps, "
+            f"{accuracy_text(result)} on the test split after {result['steps']} steps, "
             f"{f'{rate:.0f} samples/s; ' if rate is not None else ''}weights in {self._files.final}"
         )
         if self.options.json and leads():
@@ -370,15 +370,26 @@ class Run:
 
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
-    """accuracy, and where there are several exits the accuracy of each; of samples that left early
-    the share of each exit, and of the compute.
+    """accuracy, and where there are several exits the accuracy of each; of task multi-label, where
+    it is that of the labels, exact_match; of samples that left early the share of each exit, and of
+    the compute.
     """
     facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
+    if found.exact_matches:
+        facts["exact_match"] = found.exact_matches[-1]
     if len(found.accuracies) > 1:
         facts["exit_accuracies"] = list(found.accuracies)
     if found.exit_shares:
         facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
     return facts
+
+
+def accuracy_text(facts: Mapping[str, Any]) -> str:
+    """ "99.44 %", of `evaluation_facts`; of task multi-label, what it is the share of."""
+    text = f"{100 * facts['accuracy']:.2f} %"
+    if "exact_match" not in facts:
+        return text
+    return f"{text} of the labels ({100 * facts['exact_match']:.2f} % exact matches)"
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

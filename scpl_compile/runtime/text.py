@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import DataError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, reading
 from scpl_compile.runtime.splits import Split, Splits, make_splits, stratified
 
@@ -36,21 +36,19 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
+def csv_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) -> Splits:
     """Columns `text` and `label` (any strings, numbered in their order), and `split` (train,
     validation, test) or none: then 10 and 20 % of the rows are validation and test. A .tsv file has
-    tabs between its columns.
+    tabs between its columns. Of task multi-label a label is several with a ; between them, or none.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns; the model takes something
             else than token numbers and a mask.
     """
     length, size, has_mask = _wanted(spec, inputs)
-    texts, names, parts = _read(path)
-    classes = {name: i for i, name in enumerate(sorted(set(names), key=_order))}
-    if len(classes) < 2:
-        raise DataError(f"{path} has one label, {names[0]!r}; a classifier needs two")
-    labels = torch.tensor([classes[name] for name in names])
+    is_multi = task == MULTI_LABEL
+    texts, written, parts = _read(path, may_be_empty=is_multi)
+    labels = _labels(path, [_several(text) if is_multi else [text] for text in written], is_multi)
     tokens = [words_of(text) for text in texts]
     rows = _rows(parts, labels)
     if not len(rows["train"]):
@@ -69,6 +67,25 @@ def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
     assert train is not None, "there are training rows"
     read_test = None if test is None else (lambda: test)
     return make_splits(spec, "tensor", train, found["validation"], read_test)
+
+
+def _several(label: str) -> list[str]:
+    return [name for name in map(str.strip, label.split(";")) if name]
+
+
+def _labels(path: Path, names: Sequence[Sequence[str]], is_multi: bool) -> Tensor:
+    """The number of each row's name, or bool (N, classes): which of all names it has."""
+    known = sorted({name for row in names for name in row}, key=_order)
+    if len(known) < 2:
+        what = f"one label, {known[0]!r}" if known else "no label"
+        raise DataError(f"{path} has {what}; a classifier needs two")
+    classes = {name: i for i, name in enumerate(known)}
+    if not is_multi:
+        return torch.tensor([classes[name] for (name,) in names])
+    labels = torch.zeros(len(names), len(known), dtype=torch.bool)
+    for row, own in enumerate(names):
+        labels[row, [classes[name] for name in own]] = True
+    return labels
 
 
 def _wanted(spec: str, inputs: Inputs) -> tuple[int, int | None, bool]:
@@ -90,8 +107,11 @@ def _is_tokens(item: InputSpec) -> bool:
     return len(item.shape) == 1 and item.dtype in ("int64", "int32")
 
 
-def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """Texts, labels and parts of the rows; a part is "" where there is no such column."""
+def _read(path: Path, *, may_be_empty: bool) -> tuple[list[str], list[str], list[str]]:
+    """Texts, labels and parts of the rows; a part is "" where there is no such column.
+
+    may_be_empty: the label.
+    """
     with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
         try:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -112,7 +132,8 @@ def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
                 f"{path}, row {number} has more columns than the first row; quote a text that has "
                 "commas"
             )
-        if not row["text"] or not (row["label"] or "").strip():
+        label = row["label"]
+        if not row["text"] or label is None or not (may_be_empty or label.strip()):
             raise DataError(f"{path}, row {number}: a text and a label are needed")
         if "split" in columns and part not in _PARTS:
             raise DataError(f"{path}, row {number}: split {part!r} is not {', '.join(_PARTS)}")

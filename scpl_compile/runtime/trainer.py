@@ -16,7 +16,6 @@ from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import (
     Inputs,
-    check_labels,
     check_outside,
     check_trainable,
     labelled,
@@ -27,6 +26,7 @@ from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.exits import load_exits, save_exits
 from scpl_compile.runtime.inference import EarlyExits, ExitRule, Inference
+from scpl_compile.runtime.labels import check_labels
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.optim import make_optimizer, read_options
@@ -217,7 +217,8 @@ class Trainer:
         """Train every stage on one batch. Returns as soon as stage 0 has room for it.
 
         inputs: the model's inputs (one tensor, a sequence, or a mapping by name), batch first;
-        labels: int64 (B,), or (B,) for inputs of n·B samples (n views, view-major).
+        labels: int64 (B,), in a plan of task multi-label (B, num_classes) zeros and ones; B for
+        inputs of n·B samples (n views, view-major).
 
         Raises:
             DataError: inputs of other names, dtypes, or numbers of dimensions; labels out of
@@ -227,14 +228,12 @@ class Trainer:
         """
         check_outside(self.devices)
         values = named_inputs(self.plan.inputs, inputs)
-        low, high = check_labels(labels, num_samples(values), self.plan.num_classes)
+        count, plan = num_samples(values), self.plan
+        labels, notice = check_labels(labels, count, plan.num_classes, plan.task)
         check_trainable({**values, "labels": labels})
-        if low == high and labels.numel() > 1 and not self._has_warned:
+        if notice and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"all labels of a batch are {low}; one class teaches a contrastive loss nothing",
-                stacklevel=2,
-            )
+            warnings.warn(notice, stacklevel=2)
         self._engine.submit(values, labels)
 
     def take_losses(self) -> list[list[tuple[int, dict[str, float]]]]:
@@ -306,7 +305,7 @@ class Trainer:
         rule = None if exit_rule is None else ExitRule.of(self.plan, exit_rule)
         tally = Tally()
         for batch in batches:
-            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
+            values, labels = labelled(self.plan, batch)
             with self._inferring() as inference:
                 inference.add_to(tally, values, labels, rule)
         return tally.result()
