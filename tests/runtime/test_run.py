@@ -25,7 +25,7 @@ from scpl_compile.runtime.launch import launch, versions
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.program import load_stages, read_plan
-from scpl_compile.runtime.run import Run, evaluation_facts
+from scpl_compile.runtime.run import Run, accuracy_text, evaluation_facts
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import tagged
 
@@ -395,6 +395,14 @@ def test_facts_of_an_evaluation_have_every_exit_where_there_are_several() -> Non
     assert evaluation_facts(one) == {"accuracy": 0.5, "num_samples": 4}
     two = Evaluation(num_samples=4, accuracies=(0.25, 0.5), losses=(1.0, 2.0))
     assert evaluation_facts(two)["exit_accuracies"] == [0.25, 0.5]
+
+
+def test_of_several_labels_the_exact_matches_are_told_too() -> None:
+    one = Evaluation(num_samples=4, accuracies=(0.9,), losses=(1.0,), exact_matches=(0.25,))
+    facts = evaluation_facts(one)
+    assert facts == {"accuracy": 0.9, "exact_match": 0.25, "num_samples": 4}
+    assert accuracy_text(facts) == "90.00 % of the labels (25.00 % exact matches)"
+    assert accuracy_text({"accuracy": 0.5}) == "50.00 %"
 
 
 def test_versions_name_what_a_result_depends_on() -> None:
