@@ -92,7 +92,7 @@ class Method(ABC):
 
     name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
     those that `make` takes. leaves_classifier: the model's own classifier is not trained. tasks: of
-    ir.TASKS, those that its losses can train on.
+    ir.TASKS, those that its losses can train on (view.task tells which it is).
     """
 
     name: ClassVar[str]
