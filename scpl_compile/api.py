@@ -22,6 +22,7 @@ from scpl_compile.errors import EmitError, ProgramError, SourceError
 from scpl_compile.ir import SINGLE_LABEL, InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
 from scpl_compile.methods.plan import PlanFacts, build_plan
+from scpl_compile.runtime.evaluation import evaluation_facts
 from scpl_compile.runtime.lane import default_threads, split_devices
 from scpl_compile.runtime.launch import versions
 from scpl_compile.runtime.open_loader import open_loader
@@ -33,7 +34,6 @@ from scpl_compile.runtime.program import (
     write_verification,
 )
 from scpl_compile.runtime.progress import say
-from scpl_compile.runtime.run import evaluation_facts
 from scpl_compile.runtime.run_directory import trained_steps
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (

@@ -200,7 +200,7 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
 def evaluate(as_json: bool, **options: Any) -> None:
     """Tell how accurate the program in DIRECTORY is."""
     from scpl_compile.api import evaluate_program
-    from scpl_compile.runtime.run import accuracy_text
+    from scpl_compile.runtime.evaluation import accuracy_text
 
     result = evaluate_program(**options)
     click.echo(

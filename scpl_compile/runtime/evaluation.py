@@ -1,7 +1,8 @@
 """Accuracy and cross entropy of the exits, added up over batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from scpl_compile.errors import DataError
 
-__all__ = ["Evaluation", "Tally"]
+__all__ = ["Evaluation", "Tally", "accuracy_text", "evaluation_facts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,29 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of samples whose label, or of labels that, the last exit finds."""
         return self.accuracies[-1]
+
+
+def evaluation_facts(found: Evaluation) -> dict[str, Any]:
+    """accuracy, and where there are several exits the accuracy of each; of task multi-label, where
+    it is that of the labels, exact_match; of samples that left early the share of each exit, and of
+    the compute.
+    """
+    facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
+    if found.exact_matches:
+        facts["exact_match"] = found.exact_matches[-1]
+    if len(found.accuracies) > 1:
+        facts["exit_accuracies"] = list(found.accuracies)
+    if found.exit_shares:
+        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
+    return facts
+
+
+def accuracy_text(facts: Mapping[str, Any]) -> str:
+    """ "99.44 %", of `evaluation_facts`; of task multi-label, what it is the share of."""
+    text = f"{100 * facts['accuracy']:.2f} %"
+    if "exact_match" not in facts:
+        return text
+    return f"{text} of the labels ({100 * facts['exact_match']:.2f} % exact matches)"
 
 
 class Tally:

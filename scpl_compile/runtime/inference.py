@@ -137,11 +137,17 @@ def head_of(plan: Plan, stage: int) -> LocalLoss:
 
 
 class Inference:
-    """The inference steps of a plan, over stages that are all in this process."""
+    """The inference steps of a plan, over stages that are all in this process.
 
-    def __init__(self, plan: Plan, stages: Sequence[StageStep]) -> None:
+    num_active: how many of them take part; the exit of the last is the output.
+    """
+
+    def __init__(
+        self, plan: Plan, stages: Sequence[StageStep], num_active: int | None = None
+    ) -> None:
         self._plan = plan
         self._stages = stages
+        self._num_active = plan.num_stages if num_active is None else num_active
 
     def all_exits(self, values: Values) -> list[Tensor]:
         """The logits of every exit, the model's own last."""
@@ -153,7 +159,8 @@ class Inference:
                 exits.append(local_exit(self._plan, self._stages[k], values))
             else:
                 values = self._back(k, kind, values)
-        exits.append(values[self._plan.outputs[0]])
+        if self._num_active == self._plan.num_stages:
+            exits.append(values[self._plan.outputs[0]])
         return exits
 
     def _back(self, k: int, kind: str, values: Values) -> Values:
@@ -170,6 +177,11 @@ class Inference:
 
     def early(self, values: Values, rule: ExitRule) -> EarlyExits:
         """The logits of the first exit that `rule` trusts, sample by sample."""
+        if self._num_active < self._plan.num_stages:
+            raise MethodError(
+                f"samples leave early when all {self._plan.num_stages} stages take part; "
+                f"{self._num_active} do so far"
+            )
         given = next(iter(values.values()))
         rows = torch.arange(len(given))  # of the batch, still on their way
         said: list[Tensor] = []
@@ -237,7 +249,8 @@ class Inference:
 
     def _steps(self) -> Iterator[tuple[int, str]]:
         for text in self._plan.inference:
-            yield int(text[:-1]), text[-1]
+            if int(text[:-1]) < self._num_active:
+                yield int(text[:-1]), text[-1]
 
     def _forward(self, k: int, values: Values) -> Values:
         stage, spec = self._stages[k], self._plan.stages[k]

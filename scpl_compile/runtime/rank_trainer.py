@@ -148,6 +148,7 @@ class RankTrainer(Trainer):
                 schedule=self.schedule,
                 crossings=(crossing_names(self.plan, k - 1), crossing_names(self.plan, k)),
                 first_step=first_step,
+                starts=self.starts,
                 record_events=self._max_events != 0,
                 max_events=self._max_events,
             )
@@ -229,7 +230,8 @@ class RankTrainer(Trainer):
         self.drain()
         labels = torch.zeros(num_samples(values), dtype=torch.int64)
         with telling_lost_ranks(f"rank {self._ranks.rank}"):
-            return self._inference.shared(self._inference.run(values, labels)[0])
+            found, _ = self._inference.run(values, labels, self.num_active)
+            return self._inference.shared(found, self.num_active)
 
     def predict_early(self, inputs: Inputs, rule: str) -> EarlyExits:
         """Not over ranks: how many rows a later stage gets depends on data.
@@ -256,13 +258,13 @@ class RankTrainer(Trainer):
             return self._evaluate(batches)
 
     def _evaluate(self, batches: Iterable[Any]) -> Evaluation:
-        exits = self._inference.exit_stages
+        exits = self._inference.exit_stages[: self.num_active]
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
             values, labels = labelled(self.plan, batch)
             # A sharded stage is gathered for every forward, so all replicas take every batch.
             if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
-                found, labels = self._inference.run(values, labels)
+                found, labels = self._inference.run(values, labels, self.num_active)
                 for i, logits in found.items():
                     tallies[i].add([logits], labels)
         return self._together(tallies, len(exits))

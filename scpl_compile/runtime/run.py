@@ -10,9 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from scpl_compile.actions import num_active
 from scpl_compile.errors import ScplError
 from scpl_compile.runtime.data import Batch, Loader
-from scpl_compile.runtime.evaluation import Evaluation
+from scpl_compile.runtime.evaluation import accuracy_text, evaluation_facts
+from scpl_compile.runtime.growth import first_steps
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.launch import versions
 from scpl_compile.runtime.open_loader import open_loader
@@ -28,7 +30,7 @@ from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
 
-__all__ = ["TRAINING", "Run", "accuracy_text", "evaluation_facts"]
+__all__ = ["TRAINING", "Run"]
 
 TRAINING = ("optimizer", "optimizer_options", "weight_decay", "lr", "lr_schedule", "warmup",
             "clip_norm", "accumulate", "amp", "channels_last", "wire_dtype")  # fmt: skip
@@ -159,6 +161,9 @@ class Run:
     def start(self, build_trainer: Callable[..., Trainer], loader: Loader) -> Trainer:
         """The trainer with the program's options, gone on from the checkpoint where asked."""
         options = self.options
+        starts = first_steps(
+            self.plan, getattr(options, "grow", ""), loader.num_batches, self._total_steps
+        )
         trainer = build_trainer(
             devices=split_devices(options.devices, self.plan.num_stages),
             **{name: getattr(options, name) for name in TRAINING},
@@ -166,6 +171,7 @@ class Run:
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
+            starts=starts,
             trace_steps=TRACED_STEPS if options.trace else 0,
             **self._rank_options(),
         )
@@ -256,7 +262,11 @@ class Run:
             )
             for recent, steps in zip(self._recent, finished, strict=True):
                 recent.extend(losses for _, losses in steps)
-            self._num_finished += len(finished[-1])
+            self._num_finished += sum(
+                num_active(self._trainer.starts, step) == stage + 1
+                for stage, steps in enumerate(finished)
+                for step, _ in steps
+            )
 
     def _record(self, rows: Iterable[dict[str, Any]]) -> None:
         """Adds rows to metrics.jsonl, and to TensorBoard where asked."""
@@ -275,7 +285,7 @@ class Run:
         self._interval = (time.perf_counter(), self._samples_finished())
 
     def _samples_finished(self) -> float:
-        """Samples that the last stage has finished, all batches taken as equal."""
+        """Samples that the last stage of their step has finished, all batches taken as equal."""
         submitted = self._trainer.num_steps - self._first_step
         return self._num_samples * self._num_finished / max(submitted, 1)
 
@@ -367,29 +377,6 @@ class Run:
         )
         if self.options.json and leads():
             print(json.dumps(result), flush=True)
-
-
-def evaluation_facts(found: Evaluation) -> dict[str, Any]:
-    """accuracy, and where there are several exits the accuracy of each; of task multi-label, where
-    it is that of the labels, exact_match; of samples that left early the share of each exit, and of
-    the compute.
-    """
-    facts: dict[str, Any] = {"accuracy": found.accuracy, "num_samples": found.num_samples}
-    if found.exact_matches:
-        facts["exact_match"] = found.exact_matches[-1]
-    if len(found.accuracies) > 1:
-        facts["exit_accuracies"] = list(found.accuracies)
-    if found.exit_shares:
-        facts |= {"exit_shares": list(found.exit_shares), "compute": found.compute}
-    return facts
-
-
-def accuracy_text(facts: Mapping[str, Any]) -> str:
-    """ "99.44 %", of `evaluation_facts`; of task multi-label, what it is the share of."""
-    text = f"{100 * facts['accuracy']:.2f} %"
-    if "exact_match" not in facts:
-        return text
-    return f"{text} of the labels ({100 * facts['exact_match']:.2f} % exact matches)"
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

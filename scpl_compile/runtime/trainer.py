@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.actions import Action, step_kinds
+from scpl_compile.actions import Action, num_active, step_kinds
 from scpl_compile.errors import ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
@@ -25,6 +25,7 @@ from scpl_compile.runtime.batch import (
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.exits import load_exits, save_exits
+from scpl_compile.runtime.growth import checked_starts
 from scpl_compile.runtime.inference import EarlyExits, ExitRule, Inference
 from scpl_compile.runtime.labels import check_labels
 from scpl_compile.runtime.lane import Lane, resolve_devices
@@ -64,6 +65,7 @@ class Trainer:
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
+        starts: the first step of every stage, if not 0: see growth.py.
         wire_dtype: "bfloat16" or "float16": what crosses a cut is rounded to it; labels never.
         record_events: keep every executed action with its times in `events`; trace_steps: keep
             those of about so many last steps.
@@ -100,6 +102,7 @@ class Trainer:
         threads_per_stage: int | None = None,
         random_stages: Sequence[int] | None = None,
         recompute_stages: Sequence[int] | None = None,
+        starts: Sequence[int] = (),
         wire_dtype: str = "",
         queue_depth: int = 2,
         record_events: bool = False,
@@ -110,6 +113,7 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.schedule = check_schedule(plan, schedule or plan.schedule, on_ranks=self._on_ranks)
+        self.starts = checked_starts(plan, starts)
         self.threads_per_stage = threads_per_stage or plan.threads_per_stage
         self.devices = self._resolve_devices(tuple(devices or plan.placement))
         everyone = range(plan.num_stages)
@@ -120,12 +124,9 @@ class Trainer:
         lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
         modules = self._make_all(stages, lanes)
         how = StepOptions(
-            amp=amp,
-            channels_last=channels_last,
-            clip_norm=clip_norm,
-            accumulate=accumulate,
+            amp=amp, channels_last=channels_last, clip_norm=clip_norm, accumulate=accumulate,
             wire_dtype=wire_dtype,
-        )
+        )  # fmt: skip
         chosen = read_options(optimizer_options)
         self._stages = tuple(
             StageStep(
@@ -163,15 +164,10 @@ class Trainer:
         self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
     ) -> StageEngine:
         return Engine(
-            self._stages,
-            schedule=self.schedule,
-            threads_per_stage=self.threads_per_stage,
-            first_step=first_step,
-            depth=self._queue_depth,
-            record_events=self._max_events != 0,
-            max_events=self._max_events,
-            actions=actions,
-        )
+            self._stages, schedule=self.schedule, threads_per_stage=self.threads_per_stage,
+            first_step=first_step, depth=self._queue_depth, starts=self.starts,
+            record_events=self._max_events != 0, max_events=self._max_events, actions=actions,
+        )  # fmt: skip
 
     def _stage_seed(self, stage: int) -> int:
         """Of the stage's random stream."""
@@ -203,6 +199,11 @@ class Trainer:
     def num_steps(self) -> int:
         """Steps submitted, those of the runs before a resume included."""
         return self._engine.num_steps
+
+    @property
+    def num_active(self) -> int:
+        """How many stages took part in the last step, and do in inference."""
+        return num_active(self.starts, self.num_steps - 1)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -287,7 +288,7 @@ class Trainer:
         self.drain()
         try:
             with torch.no_grad(), evaluating([stage.module for stage in self._stages]):
-                yield Inference(self.plan, self._stages)
+                yield Inference(self.plan, self._stages, self.num_active)
         finally:
             for stage in self._stages:
                 stage.lane.follow()  # the next update comes after what was launched here

@@ -20,12 +20,12 @@ from run_files import QUICK, final, loss_rows, metrics, read_scalars, same_bits
 from scpl_compile.errors import DataError, ProgramError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Loader
-from scpl_compile.runtime.evaluation import Evaluation
+from scpl_compile.runtime.evaluation import Evaluation, accuracy_text, evaluation_facts
 from scpl_compile.runtime.launch import launch, versions
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.program import load_stages, read_plan
-from scpl_compile.runtime.run import Run, accuracy_text, evaluation_facts
+from scpl_compile.runtime.run import Run
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import tagged
 
