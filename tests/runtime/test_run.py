@@ -140,6 +140,7 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
         "accumulate": 2, "amp": "bf16", "channels_last": True, "wire_dtype": "",
         "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
         "trace_steps": 0,
+        "starts": (),
     }  # fmt: skip
 
 
