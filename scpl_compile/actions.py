@@ -60,7 +60,9 @@ __all__ = [
     "PIPELINES",
     "SCHEDULES",
     "Action",
+    "active_kinds",
     "gates",
+    "num_active",
     "picture",
     "pipeline_actions",
     "pipeline_timeline",
@@ -111,13 +113,35 @@ def step_kinds(schedule: str, stage: int, num_stages: int) -> tuple[str, ...]:
     return (*kinds, "U")
 
 
-def stage_actions(
-    schedule: str, stage: int, num_stages: int, *, first_step: int = 0
-) -> Iterator[Action]:
-    """The endless list of actions of `stage`, from `first_step` on."""
+def num_active(starts: Sequence[int], step: int) -> int:
+    """How many stages take part in `step`; starts: the first step of each, which do not fall."""
+    return sum(start <= max(step, 0) for start in starts)
+
+
+def active_kinds(
+    schedule: str, stage: int, num_stages: int, starts: Sequence[int], step: int
+) -> tuple[str, ...]:
+    """As `step_kinds`, where stages take part from the step starts[stage] on: the last of those
+    that do sends nothing. starts: empty where all do from the first step.
+    """
     kinds = step_kinds(schedule, stage, num_stages)
-    for step in count(first_step):
-        for kind in kinds:
+    active = num_active(starts, step) if starts else num_stages
+    if stage >= active:
+        return ()
+    return kinds if stage + 1 < active else tuple(kind for kind in kinds if kind != "SEND")
+
+
+def stage_actions(
+    schedule: str,
+    stage: int,
+    num_stages: int,
+    *,
+    first_step: int = 0,
+    starts: Sequence[int] = (),
+) -> Iterator[Action]:
+    """The endless list of actions of `stage`, from `first_step` on. starts: see active_kinds."""
+    for step in count(max(first_step, starts[stage] if starts else 0)):
+        for kind in active_kinds(schedule, stage, num_stages, starts, step):
             yield Action(stage, kind, step)
 
 

@@ -19,7 +19,7 @@ from scpl_compile.cost import DEVICES
 from scpl_compile.cutting import Captures, CutRequest, cut_model
 from scpl_compile.emit import check_target, program_directory, write_program
 from scpl_compile.errors import EmitError, ProgramError, SourceError
-from scpl_compile.ir import InputSpec, Plan, Scalar
+from scpl_compile.ir import SINGLE_LABEL, InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
 from scpl_compile.methods.plan import PlanFacts, build_plan
 from scpl_compile.runtime.evaluation import evaluation_facts
@@ -120,7 +120,8 @@ def compile_model(
             for `out`), output (which of several outputs is the logits: "logits", "0"), frontend
             ("fx" or "record"; default: the first that allows a balanced cut), batch_size,
             threads_per_stage, captures (a `Captures`, to be given again with the same model: cut
-            into several numbers of stages, it is traced once).
+            into several numbers of stages, it is traced once), task ("single-label", or
+            "multi-label": any number of labels per sample, as (B, num_classes) zeros and ones).
 
     Raises:
         ScplError: see errors.py; nothing is left in `out`.
@@ -191,6 +192,7 @@ def _plan(
     model: nn.Module | str,
     inputs: Inputs | None,
     *,
+    task: str = SINGLE_LABEL,
     num_classes: int | None = None,
     num_stages: int | None = None,
     split_at: Sequence[str] = (),
@@ -212,6 +214,7 @@ def _plan(
     specs, example_size = resolve_inputs(module, inputs, model_source, say)
     placement = _placement(devices, num_stages, split_at)
     chosen = make_method(method, preset=preset, is_text=_is_text(specs), options=options)
+    chosen.check_task(task)
     cutting = cut_model(
         module,
         CutRequest(
@@ -224,6 +227,7 @@ def _plan(
             num_stages=len(placement),
             split_at=tuple(split_at),
             frontend=frontend,
+            task=task,
         ),
         captures,
     )
@@ -247,6 +251,7 @@ def _plan(
         opaque=fine.opaque,
         source=model_source,
         versions=versions(),
+        task=task,
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
     if plan.untrained:

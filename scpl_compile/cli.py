@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from scpl_compile.errors import ScplError
+from scpl_compile.ir import TASKS
 from scpl_compile.version import __version__
 
 __all__ = ["main"]
@@ -46,6 +47,8 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--output", metavar="NAME",
                      help="Which output is the logits, of several: logits, 0, …"),
+        click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True,
+                     help="Labels per sample: one, or any number."),
         click.option("--num-classes", type=click.IntRange(min=2), metavar="N",
                      help="Default: what the model gives."),
         click.option("--stages", "num_stages", type=click.IntRange(min=1), metavar="K",
@@ -199,11 +202,12 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
 def evaluate(as_json: bool, **options: Any) -> None:
     """Tell how accurate the program in DIRECTORY is."""
     from scpl_compile.api import evaluate_program
+    from scpl_compile.runtime.evaluation import accuracy_text
 
     result = evaluate_program(**options)
     precision = "" if result["amp"] == "none" else f", {result['amp']}"
     click.echo(
-        f"{100 * result['accuracy']:.2f} % of {result['num_samples']} samples "
+        f"{accuracy_text(result)} of {result['num_samples']} samples "
         f"({options['data']}, {options['split']}{precision})",
         err=True,
     )

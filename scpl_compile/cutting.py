@@ -11,7 +11,7 @@ from scpl_compile.capture import FRONTENDS, Capture, capture
 from scpl_compile.capture.outputs import keep_output, outputs_of
 from scpl_compile.cost import DeviceSpec, node_costs
 from scpl_compile.errors import CaptureError, PartitionError, TraceError
-from scpl_compile.ir import InputSpec, NodeCost
+from scpl_compile.ir import SINGLE_LABEL, InputSpec, NodeCost
 from scpl_compile.methods.base import Method
 from scpl_compile.methods.cuts import cut_problem, split_nodes
 from scpl_compile.partition import Partition, partition, split_at
@@ -51,6 +51,7 @@ class CutRequest:
     num_stages: int
     split_at: tuple[str, ...] = ()
     frontend: str | None = None
+    task: str = SINGLE_LABEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -166,7 +167,9 @@ def _cut(logits: _Logits, request: CutRequest) -> tuple[Cutting, bool]:
     """The cut of one frontend's graph, and whether no other could do much better."""
     fine = logits.capture
     costs = node_costs(fine, request.device)
-    problem = cut_problem(fine, costs, request.method, logits.num_classes, request.device)
+    problem = cut_problem(
+        fine, costs, request.method, logits.num_classes, request.device, request.task
+    )
     with _telling_opaque(fine, costs):
         if request.split_at:
             found = split_at(problem, split_nodes(fine, request.split_at))

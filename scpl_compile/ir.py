@@ -20,9 +20,12 @@ from math import prod
 from typing import Any, TypeVar
 
 from scpl_compile.errors import ProgramError
-from scpl_compile.json_form import from_json, to_json
+from scpl_compile.json_form import LEFT_OUT, from_json, to_json
 
 __all__ = [
+    "MULTI_LABEL",
+    "SINGLE_LABEL",
+    "TASKS",
     "Crossing",
     "Cut",
     "InputSpec",
@@ -42,6 +45,11 @@ __all__ = [
 
 Scalar = bool | int | float | str
 """What an option may be: JSON's scalars."""
+
+SINGLE_LABEL = "single-label"
+MULTI_LABEL = "multi-label"
+TASKS = (SINGLE_LABEL, MULTI_LABEL)
+"""One label per sample, or any number of them: labels (B,), or (B, num_classes) zeros and ones."""
 
 T = TypeVar("T")
 
@@ -285,7 +293,8 @@ class Plan:
     evaluation in order ("0F", "1F", "1X", "1B", "1D": forward of a stage, its exit, its bridge to a
     code of the labels, its decoder of such a code). untrained: the parameters that the method
     leaves alone. opaque: (module, why it was not opened).
-    lower_bound_us: no partition of the model's leaf modules has a smaller bottleneck.
+    lower_bound_us: no partition of the model's leaf modules has a smaller bottleneck. task: one of
+    TASKS.
     """
 
     method: str
@@ -311,8 +320,11 @@ class Plan:
     lower_bound_us: float
     source: ModelSource | None
     versions: Mapping[str, str]
+    task: str = field(default=SINGLE_LABEL, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ProgramError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
         indices = [stage.index for stage in self.stages]
         if not indices or indices != list(range(len(indices))):
             raise ProgramError(f"stage indices are {indices}, not 0, 1, 2 …")

@@ -3,25 +3,35 @@
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from scpl_compile.errors import ProgramError, context
 
-__all__ = ["from_json", "to_json"]
+__all__ = ["LEFT_OUT", "from_json", "to_json"]
 
 T = TypeVar("T")
+
+LEFT_OUT: Mapping[str, bool] = types.MappingProxyType({"left_out": True})
+"""Metadata of a field that is not written while it has its default, so that what was written before
+there was such a field reads as it did, and has the digest that it had.
+"""
 
 
 def to_json(value: Any) -> Any:
     """`value` as what json.dumps takes: dataclasses become objects, tuples become arrays."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+        written = [f for f in fields(value) if not _is_left_out(f, getattr(value, f.name))]
+        return {f.name: to_json(getattr(value, f.name)) for f in written}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value
+
+
+def _is_left_out(field: Field[Any], value: Any) -> bool:
+    return "left_out" in field.metadata and bool(value == field.default)
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
@@ -33,10 +43,11 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ProgramError(f"{where or cls.__name__} must be an object, not {_brief(data)}")
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - known):
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - known.keys()):
         raise ProgramError(f"{where or cls.__name__} has the unknown field {unknown[0]!r}")
-    if missing := sorted(known - set(data)):
+    needed = {name for name, f in known.items() if "left_out" not in f.metadata}
+    if missing := sorted(needed - set(data)):
         raise ProgramError(f"{where or cls.__name__} lacks the field {missing[0]!r}")
     values = {key: _read(hints[key], data[key], f"{where}.{key}".lstrip(".")) for key in data}
     with context(where or cls.__name__):

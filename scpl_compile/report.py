@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from scpl_compile.ir import LocalLoss, Plan, Scalar, Stage, first_and_last
+from scpl_compile.ir import SINGLE_LABEL, LocalLoss, Plan, Scalar, Stage, first_and_last
 
 __all__ = ["count_text", "plan_facts", "print_plan", "size_text", "stages_text"]
 
@@ -71,7 +71,8 @@ def _opaque_lines(plan: Plan) -> list[str]:
 
 
 def _table(plan: Plan) -> Table:
-    title = f"{plan.model}: {plan.method}, {stages_text(plan.num_stages)}"
+    task = "" if plan.task == SINGLE_LABEL else f", {plan.task}"
+    title = f"{plan.model}: {plan.method}, {stages_text(plan.num_stages)}{task}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     table.add_column("modules", overflow="fold")

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from scpl_compile.ir import (
+    TASKS,
     Crossing,
     Cut,
     InputSpec,
@@ -115,6 +116,7 @@ def plans(draw: st.DrawFn, max_stages: int = 3) -> Plan:
         lower_bound_us=draw(numbers),
         source=draw(st.none() | sources),
         versions=draw(st.dictionaries(words, words, max_size=2)),
+        task=draw(st.sampled_from(TASKS)),
     )
 
 

@@ -323,3 +323,24 @@ def test_a_nodes_time_is_forward_and_backward() -> None:
 )
 def test_an_input_prints_as_the_user_writes_it(spec: InputSpec, text: str) -> None:
     assert str(spec) == text
+
+
+# ---------------------------------------------------------------------- the task
+
+
+def test_a_plan_of_one_label_is_written_as_before_there_were_tasks() -> None:
+    plan = a_plan()
+    assert "task" not in to_json(plan)
+    assert from_json(Plan, to_json(plan) | {"task": "single-label"}).digest == plan.digest
+    several = dataclasses.replace(plan, task="multi-label")
+    assert to_json(several) == to_json(plan) | {"task": "multi-label"}
+    assert from_json(Plan, to_json(several)) == several and several.digest != plan.digest
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ProgramError, match="task 'tokens' is not one of single-label, multi-label"):
+        from_json(Plan, to_json(a_plan()) | {"task": "tokens"})
+    with pytest.raises(
+        ProgramError, match=r"Plan\.task must be str, not 1|task must be str, not 1"
+    ):
+        from_json(Plan, to_json(a_plan()) | {"task": 1})

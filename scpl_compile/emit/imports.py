@@ -17,7 +17,7 @@ RUNTIME = "scpl_compile.runtime"
 
 _OF_RUNTIME = (
     "Association", "LocalLoss", "Part", "PredSim", "StopGradient", "Trainer", "assemble",
-    "cross_entropy", "cut", "load_callable", "take",
+    "binary_cross_entropy", "cross_entropy", "cut", "load_callable", "take",
 )  # fmt: skip
 _OF_FILE = ("F", "HERE", "STAGES", "build_model", "build_trainer", "operator", "torch")
 

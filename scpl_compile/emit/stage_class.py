@@ -19,7 +19,7 @@ from scpl_compile.emit.expressions import (
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import Argument, call_lines, plain, signature_lines, tuple_lines
 from scpl_compile.errors import EmitError
-from scpl_compile.ir import Crossing, LocalLoss, Plan, Stage, first_and_last
+from scpl_compile.ir import MULTI_LABEL, Crossing, LocalLoss, Plan, Stage, first_and_last
 from scpl_compile.methods.flow import value_name
 from scpl_compile.methods.plan import stage_paths
 from scpl_compile.runtime.objectives import loss_class
@@ -246,6 +246,7 @@ class StageWriter:
     def _losses(self) -> list[str]:
         lines: list[str] = []
         parts: list[str] = []
+        entropy = "binary_cross_entropy" if self._plan.task == MULTI_LABEL else "cross_entropy"
         for loss in self._stage.losses:
             reads = self._variables(loss.reads)
             if loss.has_head:
@@ -255,7 +256,7 @@ class StageWriter:
                 found = f"losses, {loss.gives or '_'}" if loss.kind == "al" else "losses"
                 lines += call_lines(f"{found} = self.{loss.name}", arguments, 8)
             else:
-                parts.append(f'"{loss.name}": {self._runtime("cross_entropy")}({reads[0]}, labels)')
+                parts.append(f'"{loss.name}": {self._runtime(entropy)}({reads[0]}, labels)')
         if not self._stage.losses:
             return ["        losses: dict[str, Tensor] = {}"]
         if parts:

@@ -8,7 +8,7 @@ from scpl_compile.emit.layout import plain
 from scpl_compile.emit.model import build_model_lines
 from scpl_compile.emit.stage_class import StageWriter, stage_title
 from scpl_compile.errors import context
-from scpl_compile.ir import Plan
+from scpl_compile.ir import SINGLE_LABEL, Plan
 from scpl_compile.version import __version__
 
 __all__ = ["stages_source", "stamp"]
@@ -63,7 +63,8 @@ def _docstring(plan: Plan) -> list[str]:
         "bp": "Values and gradients pass from stage to stage (plain backpropagation).",
         "al": "Values and codes of the labels pass from stage to stage; no gradient does (`cut`).",
     }.get(plan.method, "A value passes from stage to stage; its gradient does not (`cut`).")
-    title = f"The stages of {plain(plan.model, 60)}, method {plan.method}."
+    task = "" if plan.task == SINGLE_LABEL else f", task {plan.task}"
+    title = f"The stages of {plain(plan.model, 60)}, method {plan.method}{task}."
     left = [f"Untrained: {plain(', '.join(plan.untrained), 80)}."] if plan.untrained else []
     return [f'"""{title}', "", *rows, "", flow, *left, '"""']
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from scpl_compile.errors import LossError, MethodError, ScplError
-from scpl_compile.ir import LocalLoss, Scalar, TensorMeta
+from scpl_compile.ir import SINGLE_LABEL, TASKS, LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
     LossOptions,
@@ -90,13 +90,15 @@ class StageView:
     feature: Value | None
     output: Value | None
     num_classes: int
+    task: str = SINGLE_LABEL
 
 
 class Method(ABC):
     """One way to train a cut model. Subclasses: one file each beside this one.
 
     name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
-    those that `make` takes. leaves_classifier: the model's own classifier is not trained.
+    those that `make` takes. leaves_classifier: the model's own classifier is not trained. tasks: of
+    ir.TASKS, those that its losses can train on (view.task tells which it is).
     """
 
     name: ClassVar[str]
@@ -104,6 +106,7 @@ class Method(ABC):
     schedule: str = "stream"
     presets: ClassVar[tuple[str, ...]] = ("default",)
     leaves_classifier: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = (SINGLE_LABEL,)
 
     @classmethod
     def make(
@@ -135,6 +138,16 @@ class Method(ABC):
     @abstractmethod
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """What the stage trains on. Raises MethodError where the method cannot be applied."""
+
+    def check_task(self, task: str) -> None:
+        """Raises MethodError where the losses, with their options, cannot train on `task`."""
+        if task not in TASKS:
+            raise MethodError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        if task not in self.tasks:
+            raise MethodError(
+                f"method {self.name!r} takes one label per sample, no task {task!r}; methods scpl, "
+                "early_exit, dascpl and bp do"
+            )
 
     def inference(self, num_stages: int) -> tuple[str, ...]:
         """The steps of evaluation; without exits: forward of every stage ("0F", "1F").

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Self
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import LocalLoss, Scalar
+from scpl_compile.ir import TASKS, LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView, cross_entropy_loss
 
 __all__ = ["BP_SCHEDULES", "Backpropagation"]
@@ -21,6 +21,7 @@ class Backpropagation(Method):
 
     name = "bp"
     detach = False
+    tasks = TASKS
 
     def __init__(self, schedule: str = "bp") -> None:
         self.schedule = schedule

@@ -17,7 +17,7 @@ from scpl_compile.capture import (
 from scpl_compile.capture.normalize import is_field_read
 from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import LossError, MethodError, PartitionError
-from scpl_compile.ir import LocalLoss, NodeCost, TensorMeta
+from scpl_compile.ir import SINGLE_LABEL, LocalLoss, NodeCost, TensorMeta
 from scpl_compile.methods.base import Method, losses_of
 from scpl_compile.methods.flow import meta_of
 from scpl_compile.methods.plan import candidate_view, last_view
@@ -32,6 +32,7 @@ def cut_problem(
     method: Method,
     num_classes: int,
     device: DeviceSpec,
+    task: str = SINGLE_LABEL,
 ) -> PartitionProblem:
     """The graph with its costs, and for every place whether a cut is allowed and what it costs.
 
@@ -52,7 +53,7 @@ def cut_problem(
         num_gradients = 1
         if candidate.allowed:
             try:
-                view = candidate_view(candidate.crossing, capture, num_classes)
+                view = candidate_view(candidate.crossing, capture, num_classes, task)
                 num_gradients = sum(carries_gradient[name] for name in candidate.crossing)
                 head_us = sum(loss_us(loss, device) for loss in losses_of(method, view))
             except LossError:
@@ -70,7 +71,8 @@ def cut_problem(
         head_us=tuple(heads),
         penalty=tuple(penalties),
         tail_us=sum(
-            loss_us(loss, device) for loss in losses_of(method, last_view(capture, num_classes))
+            loss_us(loss, device)
+            for loss in losses_of(method, last_view(capture, num_classes, task))
         ),
         reason=tuple(reasons),
     )

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Self
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import Scalar
+from scpl_compile.ir import SINGLE_LABEL, Scalar
 from scpl_compile.methods.local import LocalMethod
 
 __all__ = ["DeInfoReg"]
@@ -21,6 +21,7 @@ class DeInfoReg(LocalMethod):
     """Stages trained by `runtime.similarity.deinforeg` of their projection, each with an exit."""
 
     name = "deinforeg"
+    tasks = (SINGLE_LABEL,)
     defaults = MappingProxyType({"objective": "deinforeg", "detach_classifier": True})
     paper = MappingProxyType(
         {

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import ClassVar, Self
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import LocalLoss, Scalar
+from scpl_compile.ir import SINGLE_LABEL, TASKS, LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView, last_losses, local_loss
 from scpl_compile.runtime.loss_options import PAPER, LossOptions
 
@@ -26,6 +26,7 @@ class LocalMethod(Method):
     defaults: ClassVar[Mapping[str, Scalar]] = MappingProxyType({})
     paper: ClassVar[Mapping[str, Mapping[str, Scalar]]] = PAPER
     exits: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = TASKS
 
     def __init__(self, options: LossOptions, last: str = "through") -> None:
         if last not in LAST:
@@ -51,6 +52,18 @@ class LocalMethod(Method):
         chosen |= options
         last = str(chosen.pop("last"))
         return cls(LossOptions.from_options(chosen), last)
+
+    def check_task(self, task: str) -> None:
+        """As Method; of the options, the objective deinforeg and the kernels of Triton take one
+        label per sample.
+        """
+        super().check_task(task)
+        for name, value in (("objective", "deinforeg"), ("impl", "triton")):
+            if task != SINGLE_LABEL and getattr(self.options, name) == value:
+                raise MethodError(
+                    f"option {name} is {value!r}, which takes one label per sample, no task "
+                    f"{task!r}; leave it out"
+                )
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """The stage's local loss; in the last stage as `last` says."""

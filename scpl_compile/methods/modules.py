@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import LossError, MethodError, ScplError, context
-from scpl_compile.ir import LocalLoss, LossSource, Scalar
+from scpl_compile.ir import MULTI_LABEL, LocalLoss, LossSource, Scalar
 from scpl_compile.methods.base import StageView, Value, features_of
 from scpl_compile.runtime.loading import file_sha256
 from scpl_compile.runtime.objectives import LOSS_CLASSES, build_loss, loss_class
@@ -64,6 +64,7 @@ def module_loss(
         batch_size,
         tuple(options.items()),
         code_width,
+        view.task == MULTI_LABEL,
     )
     lengths = {shape[0] for shape in in_shapes if len(shape) == 2}
     return LocalLoss(
@@ -112,6 +113,7 @@ def _cost(
     batch_size: int,
     options: tuple[tuple[str, Scalar], ...],
     code_width: int,
+    is_multi_label: bool,
 ) -> tuple[int, int]:
     """(elements of its parameters, forward FLOPs); the same for all cuts of the same shapes."""
     more: Mapping[str, object] = {"batch_dims": batch_dims} if any(batch_dims) else {}
@@ -120,10 +122,11 @@ def _cost(
     def build() -> nn.Module:
         return module(num_classes=num_classes, in_shapes=in_shapes, **more, **dict(options))
 
+    shape = (batch_size, num_classes) if is_multi_label else (batch_size,)
     with _without_data(name, in_shapes):
         made = _built(build)
         features = _features(in_shapes, batch_dims, batch_size)
-        given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
+        given = {"labels": torch.zeros(shape, dtype=torch.bool if is_multi_label else torch.int64)}
         if code_width:
             given["code"] = torch.empty(batch_size, code_width)
         with FlopCounterMode(display=False) as counter:

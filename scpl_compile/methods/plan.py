@@ -1,13 +1,14 @@
 """From a captured graph with a stage for every node to a Plan, as a method says."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from scpl_compile.capture import Capture
 from scpl_compile.errors import MethodError, context
 from scpl_compile.ir import (
+    SINGLE_LABEL,
     Crossing,
     Cut,
     InputSpec,
@@ -40,6 +41,7 @@ class PlanFacts:
     opaque: tuple[tuple[str, str], ...]
     source: ModelSource | None
     versions: Mapping[str, str]
+    task: str = SINGLE_LABEL
 
 
 def find_mask(inputs: Iterable[InputSpec]) -> Mask | None:
@@ -51,7 +53,9 @@ def find_mask(inputs: Iterable[InputSpec]) -> Mask | None:
     return None
 
 
-def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> StageView:
+def candidate_view(
+    names: Iterable[str], capture: Capture, num_classes: int, task: str = SINGLE_LABEL
+) -> StageView:
     """The view of a stage that would end where the tensors `names` cross."""
     by_name = {node.name: node for node in capture.graph.nodes}
     return StageView(
@@ -62,14 +66,15 @@ def candidate_view(names: Iterable[str], capture: Capture, num_classes: int) -> 
         feature=None,
         output=None,
         num_classes=num_classes,
+        task=task,
     )
 
 
-def last_view(capture: Capture, num_classes: int) -> StageView:
+def last_view(capture: Capture, num_classes: int, task: str = SINGLE_LABEL) -> StageView:
     """The view of a last stage, before it is known where it begins."""
     nodes = {node.name: node for node in capture.graph.nodes}
     flow = find_flow(capture, {node.name: 0 for node in capture.compute_nodes}, {})
-    return _view(0, flow, nodes, capture, num_classes)
+    return replace(_view(0, flow, nodes, capture, num_classes), task=task)
 
 
 def _gradient_values(nodes: Iterable[fx.Node]) -> tuple[Value, ...]:
@@ -98,7 +103,7 @@ def build_plan(
     for k in range(num_stages):
         with context(f"stage {k}"):
             view = _view(k, flow, nodes, capture, facts.num_classes)
-            losses.append(losses_of(method, view))
+            losses.append(losses_of(method, replace(view, task=facts.task)))
     masks: dict[str, set[int]] = {}
     for k, items in enumerate(losses):
         for loss in items:
@@ -141,6 +146,7 @@ def build_plan(
         lower_bound_us=facts.lower_bound_us,
         source=facts.source,
         versions=facts.versions,
+        task=facts.task,
     )
 
 

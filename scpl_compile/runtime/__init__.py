@@ -3,7 +3,7 @@
 from scpl_compile.runtime.association import Association
 from scpl_compile.runtime.launch import launch
 from scpl_compile.runtime.loading import load_callable
-from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.losses import LocalLoss, binary_cross_entropy, cross_entropy
 from scpl_compile.runtime.options import parse_options
 from scpl_compile.runtime.predsim import PredSim
 from scpl_compile.runtime.program import assemble
@@ -22,6 +22,7 @@ __all__ = [
     "StopGradient",
     "Trainer",
     "assemble",
+    "binary_cross_entropy",
     "cross_entropy",
     "cut",
     "launch",

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scpl_compile.errors import DataError, SourceError
-from scpl_compile.ir import InputSpec
+from scpl_compile.errors import DataError, SourceError, context
+from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
+from scpl_compile.runtime.labels import SUPPORTED, as_flags
 from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits
 
@@ -40,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged or cannot be read: {error}") from error
 
 
-def npz_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
+def npz_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) -> Splits:
     """x_train, y_train and where they are x_val, y_val, x_test, y_test; or x, y.
 
     With several inputs the arrays have the names of the model's inputs: ids_train, mask_train.
@@ -71,7 +72,7 @@ def npz_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
         with reading(path), path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             arrays = [archive[key] for key in keys]
-        return _split([*arrays[:-1]], arrays[-1], inputs, f"{path} {part}")
+        return _split([*arrays[:-1]], arrays[-1], inputs, task, f"{path} {part}")
 
     return _of_arrays(spec, read, parts, inputs)
 
@@ -89,7 +90,9 @@ def _in_order(fields: list[str], inputs: Inputs, path: Path) -> list[str]:
     )
 
 
-def callable_splits(spec: str, home: str, name: str, inputs: Inputs) -> Splits:
+def callable_splits(
+    spec: str, home: str, name: str, inputs: Inputs, task: str = SINGLE_LABEL
+) -> Splits:
     """What `name` of the file `home` returns when it is called without arguments.
 
     {"train": (inputs, labels), "test": …} and where it is "validation"; inputs: a tensor, an
@@ -121,7 +124,7 @@ def callable_splits(spec: str, home: str, name: str, inputs: Inputs) -> Splits:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise DataError(f"data {spec}: {part} must be a pair (inputs, labels)")
         values = pair[0] if isinstance(pair[0], (tuple, list)) else (pair[0],)
-        return _split(values, pair[1], inputs, f"{spec} {part}")
+        return _split(values, pair[1], inputs, task, f"{spec} {part}")
 
     return _of_arrays(spec, read, given, inputs)
 
@@ -139,21 +142,35 @@ def _of_arrays(
     )
 
 
-def _split(values: Sequence[Any], labels: Any, inputs: Inputs, place: str) -> Split:
+def _split(values: Sequence[Any], labels: Any, inputs: Inputs, task: str, place: str) -> Split:
     tensors = tuple(_tensor(value, f"{place} inputs") for value in values)
     tensors = (_channels_first(tensors[0]),) if _is_image(tensors, inputs) else tensors
     targets = _tensor(labels, f"{place} labels")
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets.squeeze(1)
-    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+    with context(place):
+        targets = _flags(targets) if task == MULTI_LABEL else _classes(targets)
+        return Split(inputs=tensors, labels=targets)
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """int64 (N,)."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        more = f"; one-hot rows become integers by argmax(1), {SUPPORTED}" * (labels.ndim > 1)
         raise DataError(
-            f"{place} labels must be integers (N,), not {_name(targets.dtype)} "
-            f"{tuple(targets.shape)}; one-hot rows become integers by argmax(1)"
+            f"labels must be integers (N,), not {_name(labels.dtype)} {tuple(labels.shape)}{more}"
         )
-    try:
-        return Split(inputs=tensors, labels=targets.to(torch.int64))
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
+    return labels.to(torch.int64)
+
+
+def _flags(labels: Tensor) -> Tensor:
+    """bool (N, classes)."""
+    if labels.ndim != 2 or labels.is_complex():
+        raise DataError(
+            f"labels must be (N, classes) zeros and ones (task multi-label), not "
+            f"{_name(labels.dtype)} {tuple(labels.shape)}"
+        )
+    return as_flags(labels)
 
 
 def _tensor(value: Any, place: str) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import DataError, MethodError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import InputSpec, Plan
+from scpl_compile.runtime.labels import check_labels
 
 __all__ = [
     "Inputs",
-    "check_labels",
     "check_outside",
     "check_trainable",
     "labelled",
@@ -83,40 +83,16 @@ def num_samples(values: Mapping[str, Tensor]) -> int:
     return next(iter(values.values())).shape[0]
 
 
-def check_labels(labels: Tensor, num_samples: int, num_classes: int) -> tuple[int, int]:
-    """The lowest and the highest label. On the host: on a device it would be an assert later.
-
-    Raises:
-        DataError: labels are no int64 (B,), `num_samples` is no multiple of B, or one is out of
-            range.
-    """
-    if not isinstance(labels, Tensor):
-        raise DataError(f"labels must be an int64 tensor (B,), not {type(labels).__name__}")
-    if labels.dtype != torch.int64 or labels.ndim != 1:
-        raise DataError(f"labels must be int64 (B,), not {labels.dtype} {tuple(labels.shape)}")
-    if not labels.numel() or not num_samples or num_samples % labels.numel():
-        raise DataError(f"{num_samples} samples have {labels.numel()} labels")
-    low, high = (int(bound) for bound in torch.aminmax(labels))
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"label {low if low < 0 else high} is out of range for {num_classes} classes; "
-            "compile with a larger --num-classes, or mend the labels"
-        )
-    return low, high
-
-
-def labelled(
-    specs: Sequence[InputSpec], num_classes: int, batch: Any
-) -> tuple[dict[str, Tensor], Tensor]:
+def labelled(plan: Plan, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs by name and labels of a batch to evaluate on: with .inputs and .labels, or a pair.
 
     Raises:
         DataError: as `named_inputs` and `check_labels`; there is not one label for each sample.
     """
     inputs, labels = (batch.inputs, batch.labels) if hasattr(batch, "labels") else batch
-    values = named_inputs(specs, inputs)
+    values = named_inputs(plan.inputs, inputs)
     count = num_samples(values)
-    check_labels(labels, count, num_classes)
+    labels, _ = check_labels(labels, count, plan.num_classes, plan.task)
     if len(labels) != count:
         raise DataError(f"{count} samples have {len(labels)} labels")
     return values, labels

@@ -10,6 +10,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from scpl_compile.runtime.engine import Event, StageState
@@ -40,7 +41,7 @@ class BatchEngine:
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
         """One step on this batch."""
         num_samples = next(iter(values.values())).shape[0]
-        losses = self._run(values, labels.repeat(num_samples // labels.shape[0]))
+        losses = self._run(values, torch.cat([labels] * (num_samples // labels.shape[0])))
         for stage in self._stages:
             stage.update_after(self.num_steps, losses if stage is self._stages[-1] else {})
         self.num_steps += 1

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,15 +32,18 @@ class Board:
     """Inboxes of all stages, which updates are finished, and the first failure.
 
     depth bounds every inbox: a sender waits while the receiver has that many batches before it, so
-    a fast stage cannot fill the memory.
+    a fast stage cannot fill the memory. starts: the first step of every stage; those before count
+    as finished.
     """
 
-    def __init__(self, num_stages: int, depth: int, first_step: int) -> None:
+    def __init__(
+        self, num_stages: int, depth: int, first_step: int, starts: Sequence[int] = ()
+    ) -> None:
         self._condition = threading.Condition()
         self._depth = depth
         self._inboxes: list[deque[Message]] = [deque() for _ in range(num_stages)]
         self._gradients: list[deque[Message]] = [deque() for _ in range(num_stages)]
-        self.num_updates = [first_step] * num_stages
+        self.num_updates = [max(first_step, k) for k in starts or [0] * num_stages]
         self._requests: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._failure: tuple[int, BaseException] | None = None
         self._is_closed = False

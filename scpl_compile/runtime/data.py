@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import DataError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.augment import augment as augment_images
 from scpl_compile.runtime.augment import num_views
 from scpl_compile.runtime.fit import ImageFit, check_images, check_split
@@ -27,7 +27,8 @@ _ORDER, _BATCH = 3, 4  # what a seed is spread for (trainer.py has 1 and 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """One batch on the CPU: labels int64 (B,), every input (views · B, …), view-major.
+    """One batch on the CPU: labels int64 (B,) or bool (B, classes), every input (views · B, …),
+    view-major.
 
     With two views the inputs are [first view of all; second view of all]; the labels stand there
     once, and are repeated where they are needed.
@@ -50,9 +51,9 @@ class Batch:
 class Loader:
     """Batches of `splits`, fitted to the model's inputs.
 
-    inputs, num_classes: of the model. augment: "none", "basic" or "strong" (two views), of
-    training batches only. seed: of the order and the augmentation. The last batch of an epoch is
-    smaller where the batch size does not divide it, unless `drop_last`.
+    inputs, num_classes: of the model; task: of the plan. augment: "none", "basic" or "strong" (two
+    views), of training batches only. seed: of the order and the augmentation. The last batch of an
+    epoch is smaller where the batch size does not divide it, unless `drop_last`.
     share: (replica, number of replicas), of training batches. reads: whether the inputs are
     needed; else they are tensors on the meta device, which have shapes alone.
 
@@ -69,6 +70,7 @@ class Loader:
         *,
         inputs: tuple[InputSpec, ...],
         num_classes: int,
+        task: str = SINGLE_LABEL,
         batch_size: int,
         augment: str = "none",
         seed: int = 0,
@@ -81,7 +83,7 @@ class Loader:
         self.augment = augment
         self.seed = seed
         self._inputs = inputs
-        self._num_classes = num_classes
+        self._classes = (num_classes, task)
         self._views = num_views(augment)
         self._share = share
         self._reads = reads
@@ -167,11 +169,9 @@ class Loader:
             raise DataError(f"{self.splits.name} has no split {name!r}; train, validation or test")
         split: Split = getattr(self.splits, name)
         if self._fit is None:
-            check_split(
-                self.splits.name, name, split, inputs=self._inputs, num_classes=self._num_classes
-            )
+            check_split(self.splits.name, name, split, self._inputs, *self._classes)
         else:
-            check_images(self.splits.name, name, split, self._fit, self._num_classes)
+            check_images(self.splits.name, name, split, self._fit, *self._classes)
         return split
 
     def _make(self, split: Split, rows: Tensor, generator: torch.Generator | None) -> Batch:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import DataError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, callable_splits, npz_splits, reading
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
 from scpl_compile.runtime.text import csv_splits
@@ -36,13 +36,19 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def open_splits(
-    spec: str, seed: int = 0, *, inputs: Inputs = (), num_classes: int | None = None
+    spec: str,
+    seed: int = 0,
+    *,
+    inputs: Inputs = (),
+    num_classes: int | None = None,
+    task: str = SINGLE_LABEL,
 ) -> Splits:
     """The data set that `spec` names (the module's docstring lists them).
 
     seed: of `random:N`; the splits of real data never depend on it.
     inputs: what the model takes; imagefolder and random need it, and npz orders its arrays by it.
-    num_classes: of the labels of `random:N` (default 10).
+    num_classes: of the labels of `random:N` (default 10). task: one label per sample, or labels
+    (N, classes): those of npz, csv, a callable and random.
 
     Raises:
         DataError: no such data set; a file is missing, damaged, or holds something else.
@@ -50,7 +56,7 @@ def open_splits(
     kind, _, rest = spec.partition(":")
     home, _, name = spec.rpartition(":")
     if home.endswith(".py"):
-        return callable_splits(spec, home, name, inputs)
+        return callable_splits(spec, home, name, inputs, task)
     match kind:
         case "digits" if not rest:
             return _digits()
@@ -59,11 +65,11 @@ def open_splits(
         case "imagefolder" if rest:
             return _image_folder(spec, Path(rest).expanduser(), inputs)
         case "npz" if rest:
-            return npz_splits(spec, Path(rest).expanduser(), inputs)
+            return npz_splits(spec, Path(rest).expanduser(), inputs, task)
         case "csv" if rest:
-            return csv_splits(spec, Path(rest).expanduser(), inputs)
+            return csv_splits(spec, Path(rest).expanduser(), inputs, task)
         case "random" if rest:
-            return _random(spec, rest, seed, inputs, num_classes or 10)
+            return _random(spec, rest, seed, inputs, num_classes or 10, task)
     known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "csv:FILE",
              "file.py:callable", "random:N")  # fmt: skip
     close = get_close_matches(spec, known, n=1, cutoff=0.5)
@@ -166,7 +172,9 @@ def _class_folders(folder: Path, classes: list[str], size: tuple[int, int, int])
     return Split(inputs=(images,), labels=torch.tensor(labels, dtype=torch.int64))
 
 
-def _random(spec: str, count: str, seed: int, inputs: Inputs, num_classes: int) -> Splits:
+def _random(
+    spec: str, count: str, seed: int, inputs: Inputs, num_classes: int, task: str
+) -> Splits:
     if not count.isdecimal() or int(count) == 0:
         raise DataError(f"{spec!r} is not random:N with N samples, as in random:1000")
     if not inputs:
@@ -177,7 +185,10 @@ def _random(spec: str, count: str, seed: int, inputs: Inputs, num_classes: int) 
     def draw(size: int, stream: int) -> Split:
         generator = torch.Generator().manual_seed(seed * 3 + stream)
         values = tuple(_random_input(item, size, is_image, generator) for item in inputs)
-        labels = torch.randint(num_classes, (size,), generator=generator)
+        if task == MULTI_LABEL:  # two of them on average
+            labels = torch.rand(size, num_classes, generator=generator) < min(2 / num_classes, 0.5)
+        else:
+            labels = torch.randint(num_classes, (size,), generator=generator)
         return Split(inputs=values, labels=labels)
 
     kind: Literal["image", "tensor"] = "image" if is_image else "tensor"

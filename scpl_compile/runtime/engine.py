@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scpl_compile.actions import Action, gates, stage_actions
+from scpl_compile.actions import Action, gates, num_active, stage_actions
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.board import Board, Message, Stopped
 from scpl_compile.runtime.lane import caller_mark
@@ -71,8 +71,8 @@ class Engine:
 
     threads_per_stage: intra-op threads of every worker, the same in every schedule: sums of floats
     depend on it. depth: batches that may wait before each stage. max_events: of the
-    recorded events the last so many stay. actions: the endless list of each
-    stage; given by tests that plant faults.
+    recorded events the last so many stay. starts: the first step of every stage. actions: the
+    endless list of each stage; given by tests that plant faults.
 
     Raises:
         MethodError: depth or threads_per_stage is below 1.
@@ -88,6 +88,7 @@ class Engine:
         depth: int = 2,
         record_events: bool = False,
         max_events: int | None = None,
+        starts: Sequence[int] = (),
         actions: Sequence[Iterator[Action]] | None = None,
     ) -> None:
         if min(depth, threads_per_stage) < 1:
@@ -97,9 +98,10 @@ class Engine:
         self.stages = tuple(stages)
         self.num_steps = first_step
         self.events: deque[Event] = deque(maxlen=max_events)
-        self._board = Board(len(self.stages), depth, first_step)
+        starts = tuple(starts) or (0,) * len(self.stages)
+        self._board = Board(len(self.stages), depth, first_step, starts)
         lists = actions or [
-            stage_actions(schedule, k, len(self.stages), first_step=first_step)
+            stage_actions(schedule, k, len(self.stages), first_step=first_step, starts=starts)
             for k in range(len(self.stages))
         ]
         for stage in self.stages:
@@ -109,6 +111,7 @@ class Engine:
             lists,
             self._board,
             schedule=schedule,
+            starts=starts,
             threads_per_stage=threads_per_stage,
             events=self.events if record_events else None,
         )
@@ -179,11 +182,12 @@ class _Workers:
         board: Board,
         *,
         schedule: str,
+        starts: Sequence[int],
         threads_per_stage: int,
         events: deque[Event] | None,
     ) -> None:
         self._board = board
-        self._num_stages = len(stages)
+        self._starts = starts
         self._schedule = schedule
         self._threads_per_stage = threads_per_stage
         self._events = events
@@ -239,8 +243,9 @@ class _Workers:
                 assert message.labels is not None
                 stage.receive(message.step, message.values, message.labels, message.mark)
             case "F":
+                before = gates(self._schedule, action, num_active(self._starts, step - 1))
                 with stage.activity.waiting():
-                    board.pass_gates(gates(self._schedule, action, self._num_stages))
+                    board.pass_gates(before)
                 stage.forward(step)
             case "SEND":
                 values, labels, mark = stage.outgoing(step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scpl_compile.errors import DataError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.splits import LazyImages, Split, Splits
 
 __all__ = ["ImageFit", "check_images", "check_split", "luminance"]
@@ -102,7 +102,12 @@ class ImageFit:
 
 
 def check_split(
-    name: str, part: str, split: Split, *, inputs: tuple[InputSpec, ...], num_classes: int
+    name: str,
+    part: str,
+    split: Split,
+    inputs: tuple[InputSpec, ...],
+    num_classes: int,
+    task: str = SINGLE_LABEL,
 ) -> None:
     """Whether the tensors of `split` are what the model takes, and its labels known to it.
 
@@ -111,7 +116,7 @@ def check_split(
     Raises:
         DataError: names the input, what it is and what it must be.
     """
-    _check_labels(name, part, split.labels, num_classes)
+    _check_labels(name, part, split.labels, num_classes, task)
     if len(split.inputs) != len(inputs):
         wanted = ", ".join(map(str, inputs))
         raise DataError(
@@ -122,13 +127,20 @@ def check_split(
         _check_input(f"{name}: {part} input {spec.name!r}", values, spec)
 
 
-def check_images(name: str, part: str, split: Split, fit: ImageFit, num_classes: int) -> None:
+def check_images(
+    name: str,
+    part: str,
+    split: Split,
+    fit: ImageFit,
+    num_classes: int,
+    task: str = SINGLE_LABEL,
+) -> None:
     """The same for images: any size will do, the kind and the channels must be those of train.
 
     Raises:
         DataError: names the split, what it has and what it must have.
     """
-    _check_labels(name, part, split.labels, num_classes)
+    _check_labels(name, part, split.labels, num_classes, task)
     images = split.inputs[0]
     if images.dtype != torch.uint8 or images.shape[1] != fit.source[0]:
         raise DataError(
@@ -137,9 +149,19 @@ def check_images(name: str, part: str, split: Split, fit: ImageFit, num_classes:
         )
 
 
-def _check_labels(name: str, part: str, labels: Tensor, num_classes: int) -> None:
+def _check_labels(name: str, part: str, labels: Tensor, num_classes: int, task: str) -> None:
     if len(labels) == 0:
         raise DataError(f"{name}: {part} has no sample")
+    if (labels.ndim > 1) != (task == MULTI_LABEL):
+        has = "several labels per sample" if labels.ndim > 1 else "one label per sample"
+        raise DataError(f"{name} has {has}; the program was compiled with --task {task}")
+    if task == MULTI_LABEL:
+        if labels.shape[1] != num_classes:
+            raise DataError(
+                f"{name}: {part} has {labels.shape[1]} labels (columns), the model gives "
+                f"{num_classes} classes; compile with --num-classes {labels.shape[1]}"
+            )
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         raise DataError(

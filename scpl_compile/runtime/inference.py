@@ -10,14 +10,14 @@ A sample that has left costs nothing from there on: later stages get the other r
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import LocalLoss, Plan
+from scpl_compile.ir import MULTI_LABEL, LocalLoss, Plan
 from scpl_compile.runtime.evaluation import Tally
 from scpl_compile.runtime.stage import as_tuple
 from scpl_compile.runtime.stage_step import StageStep
@@ -35,10 +35,14 @@ class ExitRule:
 
     confidence:P   the largest probability is P or more (0 < P <= 1)
     agreement:N    the last N exits give the same class (N >= 2)
+
+    Of task multi-label: every label is there, or not there, with probability P; the last N exits
+    give the same labels.
     """
 
     kind: str
     limit: float
+    is_multi_label: bool = False
 
     @classmethod
     def of(cls, plan: Plan, text: str) -> "ExitRule":
@@ -59,7 +63,7 @@ class ExitRule:
                         f"{crossing.name!r} crosses cut {cut.index} and has no batch dimension, so "
                         "no sample can leave before it; cut elsewhere with --split-at"
                     )
-        return cls.parse(text)
+        return replace(cls.parse(text), is_multi_label=plan.task == MULTI_LABEL)
 
     @classmethod
     def parse(cls, text: str) -> "ExitRule":
@@ -77,14 +81,20 @@ class ExitRule:
             )
         return cls(kind, limit)
 
-    def trusts(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """(B,) bool. logits: (B, C) of the newest exit; classes: (exits, B), what each one said."""
+    def said(self, logits: Tensor) -> Tensor:
+        """What an exit says: (B, 1), the class, or (B, C), whether each label is there."""
+        return (logits > 0).long() if self.is_multi_label else logits.argmax(-1, keepdim=True)
+
+    def trusts(self, logits: Tensor, said: Tensor) -> Tensor:
+        """(B,) bool. logits: (B, C) of the newest exit; said: by each exit, (exits, B, …)."""
+        if self.kind == "confidence" and self.is_multi_label:
+            return logits.float().abs().sigmoid().amin(-1) >= self.limit
         if self.kind == "confidence":
             return logits.float().softmax(-1).amax(-1) >= self.limit
         last = int(self.limit)
-        if len(classes) < last:
-            return torch.zeros_like(classes[0], dtype=torch.bool)
-        return (classes[-last:] == classes[-1]).all(0)
+        if len(said) < last:
+            return torch.zeros(len(logits), dtype=torch.bool)
+        return (said[-last:] == said[-1]).all(-1).all(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +137,17 @@ def head_of(plan: Plan, stage: int) -> LocalLoss:
 
 
 class Inference:
-    """The inference steps of a plan, over stages that are all in this process."""
+    """The inference steps of a plan, over stages that are all in this process.
 
-    def __init__(self, plan: Plan, stages: Sequence[StageStep]) -> None:
+    num_active: how many of them take part; the exit of the last is the output.
+    """
+
+    def __init__(
+        self, plan: Plan, stages: Sequence[StageStep], num_active: int | None = None
+    ) -> None:
         self._plan = plan
         self._stages = stages
+        self._num_active = plan.num_stages if num_active is None else num_active
 
     def all_exits(self, values: Values) -> list[Tensor]:
         """The logits of every exit, the model's own last."""
@@ -143,7 +159,8 @@ class Inference:
                 exits.append(local_exit(self._plan, self._stages[k], values))
             else:
                 values = self._back(k, kind, values)
-        exits.append(values[self._plan.outputs[0]])
+        if self._num_active == self._plan.num_stages:
+            exits.append(values[self._plan.outputs[0]])
         return exits
 
     def _back(self, k: int, kind: str, values: Values) -> Values:
@@ -160,9 +177,14 @@ class Inference:
 
     def early(self, values: Values, rule: ExitRule) -> EarlyExits:
         """The logits of the first exit that `rule` trusts, sample by sample."""
+        if self._num_active < self._plan.num_stages:
+            raise MethodError(
+                f"samples leave early when all {self._plan.num_stages} stages take part; "
+                f"{self._num_active} do so far"
+            )
         given = next(iter(values.values()))
         rows = torch.arange(len(given))  # of the batch, still on their way
-        classes = torch.empty(0, len(rows), dtype=torch.int64)
+        said: list[Tensor] = []
         exits = torch.zeros(len(rows), dtype=torch.int64)
         left: list[tuple[Tensor, Tensor]] = []
         for k, kind in self._steps():
@@ -170,18 +192,18 @@ class Inference:
                 values = self._forward(k, values)
                 continue
             logits = local_exit(self._plan, self._stages[k], values).cpu()
-            classes = torch.cat([classes, logits.argmax(-1)[None]])
-            done = rule.trusts(logits, classes)
+            said.append(rule.said(logits))
+            done = rule.trusts(logits, torch.stack(said))
             left.append((rows[done], logits[done]))
-            exits[rows[done]] = len(classes) - 1
-            rows, classes = rows[~done], classes[:, ~done]
+            exits[rows[done]] = len(said) - 1
+            rows, said = rows[~done], [each[~done] for each in said]
             if not len(rows):
                 break
             if done.any():
                 values = self._selected(k, values, ~done)
         else:
             left.append((rows, values[self._plan.outputs[0]].cpu()))
-            exits[rows] = len(classes)
+            exits[rows] = len(said)
         order = torch.cat([numbers for numbers, _ in left]).argsort()
         return EarlyExits(torch.cat([logits for _, logits in left])[order], exits)
 
@@ -227,7 +249,8 @@ class Inference:
 
     def _steps(self) -> Iterator[tuple[int, str]]:
         for text in self._plan.inference:
-            yield int(text[:-1]), text[-1]
+            if int(text[:-1]) < self._num_active:
+                yield int(text[:-1]), text[-1]
 
     def _forward(self, k: int, values: Values) -> Values:
         stage, spec = self._stages[k], self._plan.stages[k]

@@ -14,7 +14,7 @@ from scpl_compile.runtime.heads import Projection, Trunk
 from scpl_compile.runtime.loss_options import LossOptions
 from scpl_compile.runtime.similarity import deinforeg
 
-__all__ = ["Gather", "LocalLoss", "cross_entropy"]
+__all__ = ["Gather", "LocalLoss", "binary_cross_entropy", "cross_entropy"]
 
 Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(features, labels) of one replica to those of all."""
@@ -23,6 +23,14 @@ Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of (B, num_classes) logits and (B,) int64 labels, in float32 at least."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """That of every label by itself, its mean over (B, num_classes) logits and bool labels, in
+    float32 at least.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 class LocalLoss(nn.Module):
@@ -36,6 +44,9 @@ class LocalLoss(nn.Module):
 
     A term of weight 0 is not built: contrast alone is SCPL as released, cross entropy alone is
     the local classifier of Early Exit. Parameters are drawn from torch's default generator.
+
+    Of labels (B, num_classes), bool, a sample has any number: those that share one are positives of
+    each other, and the cross entropy is the binary one of every label.
 
     in_shapes, batch_dims: see `heads.Trunk`. options: see `LossOptions`. gather: set it to contrast
     the features of all replicas.
@@ -79,9 +90,9 @@ class LocalLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms by name ("contrast" or "deinforeg", "cross_entropy"), each times its weight.
 
-        features: one tensor per shape, batch size B, any floating dtype. labels: (B,) int64.
-        mask: see `heads.Trunk`. The sum of the terms is the stage's loss. They are computed in
-        float32 at least, also under autocast.
+        features: one tensor per shape, batch size B, any floating dtype. labels: (B,) int64, or
+        (B, num_classes) bool. mask: see `heads.Trunk`. The sum of the terms is the stage's loss.
+        They are computed in float32 at least, also under autocast.
         """
         pooled = self.trunk(*features, mask=mask)
         options = self.options
@@ -96,7 +107,8 @@ class LocalLoss(nn.Module):
             if options.detach_classifier:
                 pooled = pooled.detach()
             logits = self._classify(self.classifier, pooled)
-            terms["cross_entropy"] = options.cross_entropy * cross_entropy(logits, labels)
+            entropy = binary_cross_entropy if labels.dtype == torch.bool else cross_entropy
+            terms["cross_entropy"] = options.cross_entropy * entropy(logits, labels)
         return terms
 
     def _objective(self, anchors: Tensor, labels: Tensor) -> Tensor:

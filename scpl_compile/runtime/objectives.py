@@ -2,10 +2,11 @@
 
 Such a module is built from `num_classes`, `in_shapes` (of the tensors that it reads, each without
 its batch dimension), `batch_dims` where one is not 0, and its options; it is called with these
-tensors, `labels` (B,) and, where the plan says so, `mask`, and gives its terms by name, scalars
-whose sum is the stage's loss. Where the stage has an exit, `logits` of the tensors (and the mask)
-gives (B, num_classes). One of scpl_compile's own that gives a code of the labels to the next stage
-gives it beside the terms, and takes that of the stage before as `code`.
+tensors, `labels` (B,), or of task multi-label bool (B, num_classes), and, where the plan says so,
+`mask`, and gives its terms by name, scalars whose sum is the stage's loss. Where the stage has an
+exit, `logits` of the tensors (and the mask) gives (B, num_classes). One of scpl_compile's own that
+gives a code of the labels to the next stage gives it beside the terms, and takes that of the stage
+before as `code`.
 """
 
 from collections.abc import Mapping

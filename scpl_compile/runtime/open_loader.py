@@ -27,7 +27,7 @@ def open_loader(
     Raises:
         DataError: it does not fit; a batch too small for the replicas.
     """
-    splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes)
+    splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes, task=plan.task)
     num_samples = len(splits.train)
     replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)
     if num_replicas > 1 and min(batch_size, num_samples) < 2 * num_replicas:
@@ -40,6 +40,7 @@ def open_loader(
         splits,
         inputs=plan.inputs,
         num_classes=plan.num_classes,
+        task=plan.task,
         batch_size=batch_size,
         augment=augment,
         seed=seed,

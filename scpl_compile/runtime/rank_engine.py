@@ -15,13 +15,13 @@ The lists of actions and their gates are those of actions.py, as in the engine o
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scpl_compile.actions import Action, gates, step_kinds
+from scpl_compile.actions import Action, active_kinds, gates, num_active
 from scpl_compile.runtime.engine import Event, StageState
 from scpl_compile.runtime.meeting import telling_lost_ranks
 from scpl_compile.runtime.ranks import Ranks
@@ -42,7 +42,7 @@ class RankEngine:
     Args:
         stage: of this rank.
         ranks: this rank's place.
-        schedule, first_step, record_events, max_events: as of engine.Engine.
+        schedule, first_step, starts, record_events, max_events: as of engine.Engine.
         crossings: for the cut before and the one after this stage, the names of what may cross,
             LABELS among them.
     """
@@ -55,6 +55,7 @@ class RankEngine:
         schedule: str,
         crossings: tuple[tuple[str, ...], tuple[str, ...]],
         first_step: int = 0,
+        starts: Sequence[int] = (),
         record_events: bool = False,
         max_events: int | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class RankEngine:
         self._name = f"stage {stage.index} (rank {ranks.rank})"
         self._schedule = schedule
         self._first_step = first_step
+        self._starts = tuple(starts) or (0,) * len(ranks.columns)
         self._records = record_events
         self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
         self._tokens: list[dist.Work | None] = []
@@ -93,6 +95,8 @@ class RankEngine:
         """
         step, key = self.num_steps, batch_key(values, labels)
         self.num_steps += 1
+        if step < self._starts[self.stage.index]:
+            return
         if self._inbox is None:
             self._run(step, values, labels, key)
             return
@@ -134,9 +138,9 @@ class RankEngine:
     # ------------------------------------------------------------------ one step
 
     def _run(self, step: int, values: dict[str, Tensor], labels: Tensor, key: Key) -> None:
-        stage = self.stage
+        stage, num_stages = self.stage, len(self._ranks.columns)
         with stage.lane.scope():
-            for kind in step_kinds(self._schedule, stage.index, len(self._ranks.columns)):
+            for kind in active_kinds(self._schedule, stage.index, num_stages, self._starts, step):
                 start = time.perf_counter_ns()
                 with telling_lost_ranks(self._name):
                     self._execute(kind, step, values, labels, key)
@@ -207,7 +211,9 @@ class RankEngine:
                 self._tokens.append(dist.isend(token, to, tag=_TOKENS + step))
 
     def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
-        return gates(self._schedule, Action(stage, "F", step), len(self._ranks.columns))
+        if step < self._starts[stage]:
+            return ()
+        return gates(self._schedule, Action(stage, "F", step), num_active(self._starts, step - 1))
 
 
 def batch_key(values: dict[str, Tensor], labels: Tensor) -> Key:

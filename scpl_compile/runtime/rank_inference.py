@@ -53,10 +53,13 @@ class RankInference:
         }
 
     @torch.no_grad()
-    def run(self, values: dict[str, Tensor], labels: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+    def run(
+        self, values: dict[str, Tensor], labels: Tensor, num_active: int
+    ) -> tuple[dict[int, Tensor], Tensor]:
         """The logits of this rank's exits, by their number, and the batch's labels.
 
-        Every rank calls it with a batch of the same shapes; the values are used where stage 0 is.
+        num_active: how many stages take part; the others give no exit. Every rank
+        calls it with a batch of the same shapes; the values are used where stage 0 is.
         """
         key = ("inference", *batch_key(values, labels))
         found: dict[int, Tensor] = {}
@@ -66,6 +69,8 @@ class RankInference:
                 stack.enter_context(sharded.gathered())
             for stage in self._stages:
                 k, spec = stage.index, self._plan.stages[stage.index]
+                if k >= num_active:
+                    break
                 with stage.lane.scope():
                     if (inbox := self._inboxes.get(k)) is not None:
                         inbox.post(key)
@@ -77,7 +82,8 @@ class RankInference:
                     values |= dict(zip(spec.outputs, as_tuple(given), strict=True))
                     if not self._goes_back:
                         found |= self._exits(stage, values)
-                    if (outbox := self._outboxes.get(k)) is not None:
+                    outbox = self._outboxes.get(k)
+                    if outbox is not None and k + 1 < num_active:
                         outbox.send(key, {**values, LABELS: labels.to(stage.lane.device)})
             if self._goes_back:
                 found = self._back(values, len(labels))
@@ -110,10 +116,10 @@ class RankInference:
             if k == stage.index
         }
 
-    def shared(self, found: Mapping[int, Tensor]) -> list[Tensor]:
-        """The logits of every exit, float32 on the CPU, on every rank of the replica."""
+    def shared(self, found: Mapping[int, Tensor], num_active: int) -> list[Tensor]:
+        """The logits of these stages' exits, float32 on the CPU, on every rank of the replica."""
         exits = []
-        for i, stage in enumerate(self.exit_stages):
+        for i, stage in enumerate(self.exit_stages[:num_active]):
             logits = found[i].float().cpu().contiguous() if i in found else torch.empty(0, 0)
             source, group = self._ranks.rank_of(stage), self._ranks.stage_group
             shape = torch.tensor(logits.shape)

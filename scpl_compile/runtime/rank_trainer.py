@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scpl_compile.actions import SCHEDULES, Action
 from scpl_compile.errors import DataError, MethodError
-from scpl_compile.ir import Plan
+from scpl_compile.ir import MULTI_LABEL, Plan
 from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import Inputs, labelled, named_inputs, num_samples
 from scpl_compile.runtime.batch_engine import BatchEngine
@@ -148,6 +148,7 @@ class RankTrainer(Trainer):
                 schedule=self.schedule,
                 crossings=(crossing_names(self.plan, k - 1), crossing_names(self.plan, k)),
                 first_step=first_step,
+                starts=self.starts,
                 record_events=self._max_events != 0,
                 max_events=self._max_events,
             )
@@ -233,7 +234,8 @@ class RankTrainer(Trainer):
         self.drain()
         labels = torch.zeros(num_samples(values), dtype=torch.int64)
         with telling_lost_ranks(f"rank {self._ranks.rank}"):
-            return self._inference.shared(self._inference.run(values, labels)[0])
+            found, _ = self._inference.run(values, labels, self.num_active)
+            return self._inference.shared(found, self.num_active)
 
     def predict_early(self, inputs: Inputs, rule: str) -> EarlyExits:
         """Not over ranks: how many rows a later stage gets depends on data.
@@ -260,30 +262,32 @@ class RankTrainer(Trainer):
             return self._evaluate(batches)
 
     def _evaluate(self, batches: Iterable[Any]) -> Evaluation:
-        exits = self._inference.exit_stages
+        exits = self._inference.exit_stages[: self.num_active]
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
-            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
+            values, labels = labelled(self.plan, batch)
             # A sharded stage is gathered for every forward, so all replicas take every batch.
             if self._is_sharded or index % self._ranks.num_replicas == self._ranks.replica:
-                found, labels = self._inference.run(values, labels)
+                found, labels = self._inference.run(values, labels, self.num_active)
                 for i, logits in found.items():
                     tallies[i].add([logits], labels)
         return self._together(tallies, len(exits))
 
     def _together(self, tallies: Mapping[int, Tally], num_exits: int) -> Evaluation:
         """The sums of all ranks."""
-        sums = torch.zeros(num_exits, 3, dtype=torch.float64)
+        sums = torch.zeros(num_exits, 4, dtype=torch.float64)
         for i, tally in tallies.items():
             sums[i] = torch.tensor(tally.sums, dtype=torch.float64)
         dist.all_reduce(sums)
-        counts, correct, losses = sums.unbind(1)
+        counts, correct, exact, losses = sums.unbind(1)
+        is_multi_label = self.plan.task == MULTI_LABEL
         if not counts[-1]:
             raise DataError("there is no sample to evaluate on")
         return Evaluation(
             num_samples=int(counts[-1]) // (self._ranks.num_replicas if self._is_sharded else 1),
             accuracies=tuple((correct / counts).tolist()),
             losses=tuple((losses / counts).tolist()),
+            exact_matches=tuple((exact / counts).tolist()) if is_multi_label else (),
         )
 
     # ------------------------------------------------------------------ state

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from scpl_compile.errors import MethodError, ScplError, TrainingError
 from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet, reason
 
-__all__ = ["Ranks", "join", "wants_ranks"]
+__all__ = ["Ranks", "join", "rank_options", "wants_ranks"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -212,3 +212,16 @@ def _init_group(meeting: Meeting, backend: str, device: torch.device) -> None:
             f"rank {meeting.rank} cannot connect to the others ({reason(error)}); see "
             "that the hosts reach each other (GLOO_SOCKET_IFNAME names the network interface)"
         ) from error
+
+
+def rank_options(ranks: Ranks | None, options: Any) -> dict[str, Any]:
+    """What the trainer of a rank takes beside the options of every trainer; options: of a run."""
+    if ranks is None:
+        return {}
+    return {
+        "ranks": ranks,
+        "contrast": options.contrast,
+        "replicate": options.replicate,
+        "microbatches": getattr(options, "microbatches", 1),
+        "batch_size": options.batch_size // ranks.num_replicas,
+    }

@@ -10,17 +10,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from scpl_compile.actions import num_active
 from scpl_compile.errors import ScplError
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.data import Batch, Loader
-from scpl_compile.runtime.evaluation import evaluation_facts
+from scpl_compile.runtime.evaluation import accuracy_text, evaluation_facts
+from scpl_compile.runtime.growth import first_steps
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.launch import versions
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
 from scpl_compile.runtime.program import read_plan
 from scpl_compile.runtime.progress import Progress, leads, say
-from scpl_compile.runtime.ranks import Ranks, join, wants_ranks
+from scpl_compile.runtime.ranks import Ranks, join, rank_options, wants_ranks
 from scpl_compile.runtime.run_directory import Follower, RunDirectory
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import Scalars, summary_writer
@@ -76,7 +78,6 @@ class Run:
         self._validated: set[int] = set()
         self._validation: float | None = None
         self._lock: RunLock | None = None
-        self._last_step: int | None = None
         try:
             self._files = self._open_files()
         except Exception as error:
@@ -162,6 +163,9 @@ class Run:
     def start(self, build_trainer: Callable[..., Trainer], loader: Loader) -> Trainer:
         """The trainer with the program's options, gone on from the checkpoint where asked."""
         options = self.options
+        starts = first_steps(
+            self.plan, getattr(options, "grow", ""), loader.num_batches, self._total_steps
+        )
         trainer = build_trainer(
             devices=split_devices(options.devices, self.plan.num_stages),
             **{name: getattr(options, name) for name in TRAINING},
@@ -169,8 +173,9 @@ class Run:
             schedule=options.schedule,
             seed=options.seed,
             threads_per_stage=options.threads_per_stage,
+            starts=starts,
             trace_steps=TRACED_STEPS if options.trace else 0,
-            **self._rank_options(),
+            **rank_options(self._ranks, options),
         )
         self._stack.callback(self._close_scalars)  # after the trainer, whose saver still logs
         self._stack.callback(trainer.close)
@@ -199,20 +204,6 @@ class Run:
         self._start = time.perf_counter()
         self._restart_interval()
         return trainer
-
-    def _rank_options(self) -> dict[str, Any]:
-        """What the trainer of a rank takes beside the options of every trainer."""
-        if self._ranks is None:
-            return {}
-        num_samples = self.options.batch_size // self._ranks.num_replicas
-        microbatches = getattr(self.options, "microbatches", 1)
-        return {
-            "ranks": self._ranks,
-            "contrast": self.options.contrast,
-            "replicate": self.options.replicate,
-            "microbatches": microbatches,
-            "batch_size": num_samples,
-        }
 
     def epochs(self, loader: Loader) -> Iterator[tuple[int, int]]:
         """(epoch, first batch) until all steps are done."""
@@ -248,21 +239,12 @@ class Run:
             # A checkpoint's steps are all in metrics.jsonl, or a run that is killed and resumed
             # would lack some.
             self._trainer.save(self.directory, before_complete=self._write_losses)
-        if self._termination.is_asked:
+        if self._termination.is_due(self._trainer, self._ranks):
             self._end_early()
 
     def _end_early(self) -> None:
-        """SIGTERM: once every rank has come to the same step, a checkpoint, and the end.
-
-        The ranks hear of it in different steps; the furthest one's is the last.
-        """
+        """SIGTERM: a checkpoint, and the end."""
         trainer = self._trainer
-        if self._last_step is None:
-            trainer.finish_own()  # what waits here, other ranks wait for
-            step = trainer.num_steps
-            self._last_step = step if self._ranks is None else self._ranks.furthest(step)
-        if trainer.num_steps < self._last_step:
-            return
         trainer.wait_saved()
         trainer.save(self.directory, before_complete=self._write_losses)
         trainer.wait_saved()
@@ -281,7 +263,11 @@ class Run:
             )
             for recent, steps in zip(self._recent, finished, strict=True):
                 recent.extend(losses for _, losses in steps)
-            self._num_finished += len(finished[-1])
+            self._num_finished += sum(
+                num_active(self._trainer.starts, step) == stage + 1
+                for stage, steps in enumerate(finished)
+                for step, _ in steps
+            )
 
     def _record(self, rows: Iterable[dict[str, Any]]) -> None:
         """Adds rows to metrics.jsonl, and to TensorBoard where asked."""
@@ -300,7 +286,7 @@ class Run:
         self._interval = (time.perf_counter(), self._samples_finished())
 
     def _samples_finished(self) -> float:
-        """Samples that the last stage has finished, all batches taken as equal."""
+        """Samples that the last stage of their step has finished, all batches taken as equal."""
         submitted = self._trainer.num_steps - self._first_step
         return self._num_samples * self._num_finished / max(submitted, 1)
 
@@ -387,7 +373,7 @@ class Run:
     def _tell(self, result: Mapping[str, Any]) -> None:
         rate = result.get("samples_per_second")
         say(
-            f"{100 * result['accuracy']:.2f} % on the test split after {result['steps']} steps, "
+            f"{accuracy_text(result)} on the test split after {result['steps']} steps, "
             f"{f'{rate:.0f} samples/s; ' if rate is not None else ''}weights in {self._files.final}"
         )
         if self.options.json and leads():

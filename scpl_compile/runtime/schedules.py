@@ -2,7 +2,7 @@
 
 from scpl_compile.actions import PIPELINES, placement
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import Plan
+from scpl_compile.ir import SINGLE_LABEL, Plan
 
 __all__ = [
     "WHOLE",
@@ -78,5 +78,6 @@ def _compile_again(plan: Plan, schedule: str) -> str:
         f"compile with: scpl compile {plan.model} --method {method} "
         f"--input '{','.join(map(str, plan.inputs))}' --stages {plan.num_stages} "
         + (f"--config {config} " if config else "")
+        + (f"--task {plan.task} " if plan.task != SINGLE_LABEL else "")
         + "-o DIR"
     )

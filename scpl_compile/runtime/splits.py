@@ -76,7 +76,9 @@ def _decode(path: Path, size: tuple[int, int, int]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Split:
-    """Samples and their labels: inputs each (N, …) on the CPU, labels int64 (N,)."""
+    """Samples and their labels: inputs each (N, …) on the CPU, labels int64 (N,), or bool
+    (N, classes) where a sample has any number of them.
+    """
 
     inputs: tuple[Tensor | LazyImages, ...]
     labels: Tensor
@@ -100,7 +102,7 @@ class Splits:
     """A data set.
 
     kind: "image" (one input of uint8 (N, C, H, W), C = 1 or 3) or "tensor" (anything else).
-    num_classes: one more than the largest training label.
+    num_classes: one more than the largest training label; columns of labels (N, classes).
     mean, std: per channel of the training images in 0 … 1; empty for tensors.
     read_test: reads the test split, which training must not need; use `test`.
     flip_safe: whether a mirrored image still has its label (a mirrored digit has not).
@@ -151,7 +153,7 @@ def make_splits(
     return Splits(
         name=name,
         kind=kind,
-        num_classes=int(train.labels.max()) + 1,
+        num_classes=train.labels.shape[1] if train.labels.ndim > 1 else int(train.labels.max()) + 1,
         train=parts["train"],
         validation=parts["validation"] if validation is None else validation,
         read_test=cache(read_test or (lambda: parts["test"])),
@@ -175,10 +177,13 @@ def _take_out(name: str, train: Split, shares: Mapping[str, float]) -> dict[str,
 
 
 def stratified(labels: Tensor, shares: Sequence[float]) -> tuple[Tensor, ...]:
-    """(rest, part for each share): rows in ascending order, every class in the same shares.
+    """(rest, part for each share): rows in ascending order, every class in the same shares; of
+    labels (N, classes) rows by chance.
 
     The same labels always give the same rows.
     """
+    if labels.ndim > 1:
+        labels = labels.new_zeros(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     by_class = order[labels[order].argsort(stable=True)]
     parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]

@@ -95,8 +95,8 @@ class StageStep:
     def receive(self, step: int, values: Mapping[str, Tensor], labels: Tensor, mark: Mark) -> None:
         """RECV: take the tensors of `step` to this stage's device.
 
-        Labels are (B,), the first tensor has B or, with several views of each sample, a multiple of
-        B samples: then the labels are repeated here, on the device.
+        Labels are of B samples, the first tensor has B or, with several views of each sample, a
+        multiple of B samples: then the labels are repeated here, on the device.
         """
         received = self.lane.receive({name: value.detach() for name, value in values.items()}, mark)
         if self.index > 0:
@@ -106,7 +106,7 @@ class StageStep:
         if self.index == 0:
             num_samples = received[self.inputs[0]].shape[0]
             if num_samples != labels.shape[0]:
-                labels = labels.repeat(num_samples // labels.shape[0])
+                labels = torch.cat([labels] * (num_samples // labels.shape[0]))
         if not self.detach:
             for name, value in values.items():
                 received[name].requires_grad_(value.requires_grad)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import DataError
-from scpl_compile.ir import InputSpec
+from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, reading
 from scpl_compile.runtime.splits import Split, Splits, make_splits, stratified
 
@@ -38,7 +38,7 @@ class _Row:
 
     line: int
     text: str
-    label: str
+    labels: tuple[str, ...]
     part: str
 
 
@@ -47,21 +47,19 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
+def csv_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) -> Splits:
     """Columns `text` and `label` (any strings, numbered in their order), and `split` (train,
     validation, test) or none: then 10 and 20 % of the rows are validation and test. A .tsv file has
-    tabs between its columns.
+    tabs between its columns. Of task multi-label a label is several with a ; between them, or none.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns; a label is in no training
             row; the model takes something else than token numbers and a mask.
     """
     length, size, has_mask = _wanted(spec, inputs)
-    given = _read(path)
-    classes = {name: i for i, name in enumerate(sorted({row.label for row in given}, key=_order))}
-    if len(classes) < 2:
-        raise DataError(f"{path} has one label, {given[0].label!r}; a classifier needs two")
-    labels = torch.tensor([classes[row.label] for row in given])
+    is_multi = task == MULTI_LABEL
+    given = _read(path, is_multi=is_multi)
+    labels = _labels(path, [row.labels for row in given], is_multi=is_multi)
     tokens = [words_of(row.text) for row in given]
     rows = _rows([row.part for row in given], labels)
     if not len(rows["train"]):
@@ -83,6 +81,25 @@ def csv_splits(spec: str, path: Path, inputs: Inputs) -> Splits:
     return make_splits(spec, "tensor", train, found["validation"], read_test)
 
 
+def _several(label: str) -> tuple[str, ...]:
+    return tuple(name for name in map(str.strip, label.split(";")) if name)
+
+
+def _labels(path: Path, names: Sequence[Sequence[str]], *, is_multi: bool) -> Tensor:
+    """The number of each row's name, or bool (N, classes): which of all names it has."""
+    known = sorted({name for row in names for name in row}, key=_order)
+    if len(known) < 2:
+        what = f"one label, {known[0]!r}" if known else "no label"
+        raise DataError(f"{path} has {what}; a classifier needs two")
+    classes = {name: i for i, name in enumerate(known)}
+    if not is_multi:
+        return torch.tensor([classes[name] for (name,) in names])
+    labels = torch.zeros(len(names), len(known), dtype=torch.bool)
+    for row, own in enumerate(names):
+        labels[row, [classes[name] for name in own]] = True
+    return labels
+
+
 def _wanted(spec: str, inputs: Inputs) -> tuple[int, int | None, bool]:
     """Length of a text, size of the vocabulary, and whether a mask is wanted."""
     ids, *others = inputs or [InputSpec(name="nothing", dtype="bool", shape=())]
@@ -102,8 +119,8 @@ def _is_tokens(item: InputSpec) -> bool:
     return len(item.shape) == 1 and item.dtype in ("int64", "int32")
 
 
-def _read(path: Path) -> list[_Row]:
-    """The rows, at least one.
+def _read(path: Path, *, is_multi: bool) -> list[_Row]:
+    """The rows, at least one; is_multi: a row has several labels, or none.
 
     Lines are counted by the reader: blank ones are no rows, and a quoted text may have several.
     """
@@ -122,30 +139,37 @@ def _read(path: Path) -> list[_Row]:
         raise DataError(f"{path} has two columns of one name; its columns: {', '.join(columns)}")
     if not rows:
         raise DataError(f"{path} has no rows")
-    return [_row(path, line, row, "split" in columns) for line, row in rows]
+    return [_row(path, line, row, "split" in columns, is_multi) for line, row in rows]
 
 
-def _row(path: Path, line: int, row: Mapping[str | None, str | None], has_parts: bool) -> _Row:
-    text, label, part = row["text"], (row["label"] or "").strip(), row.get("split") or ""
+def _row(
+    path: Path,
+    line: int,
+    row: Mapping[str | None, str | None],
+    has_parts: bool,
+    is_multi: bool,
+) -> _Row:
+    text, label, part = row["text"], row["label"], row.get("split") or ""
     if None in row:
         raise DataError(
             f"{path}, line {line} has more columns than the first line; quote a text that has "
             "commas"
         )
-    if not text or not label:
+    if not text or label is None or not (is_multi or label.strip()):
         raise DataError(f"{path}, line {line}: a text and a label are needed")
     if has_parts and part not in _PARTS:
         raise DataError(f"{path}, line {line}: split {part!r} is not {', '.join(_PARTS)}")
-    return _Row(line=line, text=text, label=label, part=part)
+    labels = _several(label) if is_multi else (label.strip(),)
+    return _Row(line=line, text=text, labels=labels, part=part)
 
 
 def _check_trained(path: Path, given: Sequence[_Row]) -> None:
     """A class that is only evaluated would count as wrong, and its place in the logits stay."""
-    trained = {row.label for row in given if row.part in ("", "train")}
+    trained = {label for row in given if row.part in ("", "train") for label in row.labels}
     for row in given:
-        if row.label not in trained:
+        for label in sorted(set(row.labels) - trained):
             raise DataError(
-                f"{path}, line {row.line}: the split {row.part} has the label {row.label!r}, and "
+                f"{path}, line {row.line}: the split {row.part} has the label {label!r}, and "
                 "no row of train has it; give train rows of it, or leave these out"
             )
 

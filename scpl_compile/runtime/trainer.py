@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.actions import Action, step_kinds
+from scpl_compile.actions import Action, num_active, step_kinds
 from scpl_compile.errors import ProgramError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.activity import Usage
 from scpl_compile.runtime.batch import (
     Inputs,
-    check_labels,
     check_outside,
     check_trainable,
     labelled,
@@ -26,7 +25,9 @@ from scpl_compile.runtime.batch import (
 from scpl_compile.runtime.engine import Engine, Event, StageEngine
 from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.exits import load_exits, save_exits
+from scpl_compile.runtime.growth import checked_starts
 from scpl_compile.runtime.inference import EarlyExits, ExitRule, Inference
+from scpl_compile.runtime.labels import check_labels
 from scpl_compile.runtime.lane import Lane, resolve_devices
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.optim import make_optimizer, read_options
@@ -64,6 +65,7 @@ class Trainer:
         threads_per_stage: intra-op threads; default: the plan's. Equal threads, equal bits.
         random_stages: the stages whose forward draws randomness; None counts all of them.
         recompute_stages: those whose backward draws too (activation checkpointing); None: all.
+        starts: the first step of every stage, if not 0: see growth.py.
         wire_dtype: "bfloat16" or "float16": what crosses a cut is rounded to it; labels never.
         record_events: keep all actions with their times in `events`; trace_steps: of so many last.
 
@@ -99,6 +101,7 @@ class Trainer:
         threads_per_stage: int | None = None,
         random_stages: Sequence[int] | None = None,
         recompute_stages: Sequence[int] | None = None,
+        starts: Sequence[int] = (),
         wire_dtype: str = "",
         queue_depth: int = 2,
         record_events: bool = False,
@@ -109,6 +112,7 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.schedule = check_schedule(plan, schedule or plan.schedule, on_ranks=self._on_ranks)
+        self.starts = checked_starts(plan, starts)
         self.threads_per_stage = threads_per_stage or plan.threads_per_stage
         self.devices = self._resolve_devices(tuple(devices or plan.placement))
         everyone = range(plan.num_stages)
@@ -119,12 +123,9 @@ class Trainer:
         lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
         modules = self._make_all(stages, lanes)
         how = StepOptions(
-            amp=amp,
-            channels_last=channels_last,
-            clip_norm=clip_norm,
-            accumulate=accumulate,
+            amp=amp, channels_last=channels_last, clip_norm=clip_norm, accumulate=accumulate,
             wire_dtype=wire_dtype,
-        )
+        )  # fmt: skip
         chosen = read_options(optimizer_options)
         self._stages = tuple(
             StageStep(
@@ -162,15 +163,10 @@ class Trainer:
         self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
     ) -> StageEngine:
         return Engine(
-            self._stages,
-            schedule=self.schedule,
-            threads_per_stage=self.threads_per_stage,
-            first_step=first_step,
-            depth=self._queue_depth,
-            record_events=self._max_events != 0,
-            max_events=self._max_events,
-            actions=actions,
-        )
+            self._stages, schedule=self.schedule, threads_per_stage=self.threads_per_stage,
+            first_step=first_step, depth=self._queue_depth, starts=self.starts,
+            record_events=self._max_events != 0, max_events=self._max_events, actions=actions,
+        )  # fmt: skip
 
     def _stage_seed(self, stage: int) -> int:
         """Of the stage's random stream."""
@@ -204,6 +200,11 @@ class Trainer:
         return self._engine.num_steps
 
     @property
+    def num_active(self) -> int:
+        """How many stages took part in the last step, and do in inference."""
+        return num_active(self.starts, self.num_steps - 1)
+
+    @property
     def events(self) -> tuple[Event, ...]:
         """The executed actions, where `record_events` was asked for."""
         return tuple(self._engine.events)
@@ -216,7 +217,8 @@ class Trainer:
         """Train every stage on one batch. Returns as soon as stage 0 has room for it.
 
         inputs: the model's inputs (one tensor, a sequence, or a mapping by name), batch first;
-        labels: int64 (B,), or (B,) for inputs of n·B samples (n views, view-major).
+        labels: int64 (B,), in a plan of task multi-label (B, num_classes) zeros and ones; B for
+        inputs of n·B samples (n views, view-major).
 
         Raises:
             DataError: inputs of other names, dtypes, or numbers of dimensions; labels out of
@@ -226,14 +228,12 @@ class Trainer:
         """
         check_outside(self.devices)
         values = named_inputs(self.plan.inputs, inputs)
-        low, high = check_labels(labels, num_samples(values), self.plan.num_classes)
+        count, plan = num_samples(values), self.plan
+        labels, notice = check_labels(labels, count, plan.num_classes, plan.task)
         check_trainable({**values, "labels": labels})
-        if low == high and labels.numel() > 1 and not self._has_warned:
+        if notice and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"all labels of a batch are {low}; one class teaches a contrastive loss nothing",
-                stacklevel=2,
-            )
+            warnings.warn(notice, stacklevel=2)
         self._engine.submit(values, labels)
 
     def take_losses(self) -> list[list[tuple[int, dict[str, float]]]]:
@@ -290,7 +290,7 @@ class Trainer:
         self.drain()
         try:
             with torch.no_grad(), evaluating([stage.module for stage in self._stages]):
-                yield Inference(self.plan, self._stages)
+                yield Inference(self.plan, self._stages, self.num_active)
         finally:
             for stage in self._stages:
                 stage.lane.follow()  # the next update comes after what was launched here
@@ -308,7 +308,7 @@ class Trainer:
         rule = None if exit_rule is None else ExitRule.of(self.plan, exit_rule)
         tally = Tally()
         for batch in batches:
-            values, labels = labelled(self.plan.inputs, self.plan.num_classes, batch)
+            values, labels = labelled(self.plan, batch)
             with self._inferring() as inference:
                 inference.add_to(tally, values, labels, rule)
         return tally.result()

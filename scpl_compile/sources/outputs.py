@@ -161,12 +161,13 @@ def check_output(shape: tuple[int, ...], *, num_classes: int | None, batch_size:
     if len(shape) == 3:
         raise SourceError(
             f"the model gives {shape}: a prediction per token (a language model?); scpl needs "
-            "one label per sample: pool over the tokens in forward"
+            "one label per sample, or several with --task multi-label: pool over the tokens in "
+            "forward"
         )
     if len(shape) > 3:
         raise SourceError(
             f"the model gives {shape}: a prediction per pixel or a feature map; scpl needs one "
-            "label per sample: pool and classify in forward"
+            "label per sample, or several with --task multi-label: pool and classify in forward"
         )
     if num_classes is not None and shape[1] != num_classes:
         raise SourceError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from scpl_compile.capture.state import RandomState
 from scpl_compile.capture.values import plain_tensors
 from scpl_compile.errors import VerifyError, context
-from scpl_compile.ir import Plan, Scalar
+from scpl_compile.ir import SINGLE_LABEL, Plan, Scalar
 from scpl_compile.runtime.allocator import give_back_freed_memory
 from scpl_compile.runtime.program import Verification
 from scpl_compile.runtime.stage import StopGradient, as_tuple
@@ -258,7 +258,7 @@ class _Check:
     def training_steps(self, inputs: tuple[Tensor, ...]) -> set[str]:
         """A step of every stage in order, as the engines run it; gives the parameters it trains."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        labels = torch.arange(inputs[0].shape[0]) // 2 % self.plan.num_classes
+        labels = _labels(self.plan, inputs[0].shape[0])
         received = self._inputs(inputs)
         trained: set[str] = set()
         for stage, module in zip(self.plan.stages, self.stages, strict=True):
@@ -284,6 +284,15 @@ class _Check:
                 f"parameter {min(missing)!r} trains in the model and by no local loss{more}; cut "
                 "elsewhere with --split-at"
             )
+
+
+def _labels(plan: Plan, batch_size: int) -> Tensor:
+    """Every sample has a positive, and not all of them are positives of each other."""
+    classes = torch.arange(batch_size) // 2 % plan.num_classes
+    if plan.task == SINGLE_LABEL:
+        return classes
+    both = torch.stack([classes, (classes + 1) % plan.num_classes], dim=1)
+    return torch.zeros(batch_size, plan.num_classes, dtype=torch.bool).scatter_(1, both, True)
 
 
 def _same_tensors(

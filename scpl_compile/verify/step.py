@@ -11,8 +11,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from scpl_compile.capture.state import RandomState
 from scpl_compile.errors import VerifyError, context
-from scpl_compile.ir import Plan, Stage
-from scpl_compile.runtime.losses import cross_entropy
+from scpl_compile.ir import MULTI_LABEL, Plan, Stage
+from scpl_compile.runtime.losses import binary_cross_entropy, cross_entropy
 from scpl_compile.runtime.objectives import build_loss
 from scpl_compile.runtime.own_stage import build_without_memory
 from scpl_compile.runtime.stage import StopGradient, as_tuple
@@ -158,12 +158,13 @@ class StepCheck:
         one of them gives becomes one of the values.
         """
         losses: dict[str, Tensor] = {}
+        entropy = binary_cross_entropy if self._plan.task == MULTI_LABEL else cross_entropy
         for loss in self._stage.losses:
             reads = tuple(values[name] for name in loss.reads)
             if loss.kind == "cross_entropy":
                 if loss.name in losses:
                     raise VerifyError(f"two of its losses give a term of the name {loss.name!r}")
-                losses[loss.name] = cross_entropy(reads[0], self._labels)
+                losses[loss.name] = entropy(reads[0], self._labels)
                 continue
             with torch.random.fork_rng(devices=()):  # its weights are not used; it draws below
                 planned = build_without_memory(partial(build_loss, loss, self._plan.num_classes))

@@ -175,3 +175,32 @@ def test_paper_heads_of_text_are_the_mean_over_the_tokens() -> None:
     contrast, classifier = plan.stages[2].losses
     assert (contrast.in_shapes, contrast.mask) == (((8,),), "")
     assert classifier.options == {"stop_at": contrast.reads[0]}
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_which_tasks_it_can_train(name: str) -> None:
+    method = make_method(name)
+    method.check_task("single-label")
+    if name in ("scpl", "bp", "early_exit", "dascpl"):
+        method.check_task("multi-label")
+        return
+    with pytest.raises(
+        MethodError, match=f"method '{name}' takes one label per sample, no task 'multi-label'; "
+    ):
+        method.check_task("multi-label")
+
+
+def test_an_unknown_task_is_named() -> None:
+    with pytest.raises(MethodError, match="task 'tokens' is not one of single-label, multi-label"):
+        make_method("scpl").check_task("tokens")
+
+
+@pytest.mark.parametrize("option", [{"impl": "triton"}, {"objective": "deinforeg"}])
+def test_options_for_one_label_per_sample_are_refused(option: dict[str, str]) -> None:
+    method = make_method("scpl", options=option)
+    method.check_task("single-label")
+    with pytest.raises(MethodError, match=f"option {next(iter(option))} is .* leave it out"):
+        method.check_task("multi-label")

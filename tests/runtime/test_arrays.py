@@ -107,9 +107,12 @@ def test_the_test_arrays_of_npz_are_not_read_before_they_are_asked_for(tmp_path)
         ({"x_train": np.zeros(3)}, "a.npz has no y_train and no y; its arrays: x_train"),
         (
             {"x": np.zeros((9, 2)), "y": np.zeros(9)},
-            r"train labels must be integers \(N,\), not fl",
+            r"train: labels must be integers \(N,\), not float64 \(9,\)$",
         ),
-        ({"x": np.zeros((9, 2)), "y": np.eye(9, dtype=int)}, r"\(9, 9\); one-hot .* argmax"),
+        (
+            {"x": np.zeros((9, 2)), "y": np.eye(9, dtype=int)},
+            r"\(9, 9\); one-hot .* argmax\(1\), supported .* --task multi-label .* not .*token",
+        ),
         ({"x": np.zeros((8, 2)), "y": np.arange(9)}, "train: input 0 has 8 samples and 9 labels"),
         ({"x": np.array(["a", "b"]), "y": np.arange(2)}, "train inputs are no array of numbers"),
         ({"x": np.float32(3), "y": np.arange(2)}, "inputs are one number, not an array"),
@@ -212,3 +215,43 @@ def test_functions_that_give_no_data(own, name, message):
 def test_a_missing_file_of_the_user_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="the file .*absent.py is missing"):
         open_splits(f"{tmp_path}/absent.py:data")
+
+
+# --- several labels per sample
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, np.uint8, bool])
+def test_npz_labels_of_several_become_bool(tmp_path, dtype):
+    flags = (np.arange(90).reshape(30, 3) % 4 == 0).astype(dtype)
+    np.savez(tmp_path / "a.npz", x=np.zeros((30, 2)), y=flags)
+    splits = open_splits(f"npz:{tmp_path}/a.npz", task="multi-label")
+    parts = (splits.train, splits.validation, splits.test)
+    assert [part.labels.shape for part in parts] == [(21, 3), (3, 3), (6, 3)]
+    assert {part.labels.dtype for part in parts} == {torch.bool}
+    assert splits.num_classes == 3
+    assert sum(int(part.labels.sum()) for part in parts) == flags.sum()
+
+
+def test_a_function_may_give_several_labels(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef data():\n"
+        "    part = (torch.zeros(9, 2), torch.eye(9, 4))\n"
+        "    return {'train': part, 'validation': part, 'test': part}\n"
+    )
+    splits = open_splits(f"{tmp_path}/own.py:data", task="multi-label")
+    assert torch.equal(splits.test.labels, torch.eye(9, 4).bool())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(9), r"train: labels must be \(N, classes\) zeros and ones .*, not int64 \(9,\)"),
+        (np.zeros((9, 2, 2)), r"not float64 \(9, 2, 2\)"),
+        (np.full((9, 2), 3), "train: label 0 of sample 0 is 3; give 1 where"),
+        (np.full((9, 2), 0.5), r"label 0 of sample 0 is 0\.5"),
+    ],
+)
+def test_npz_labels_that_are_not_several(tmp_path, labels, message):
+    np.savez(tmp_path / "a.npz", x=np.zeros((9, 2)), y=labels)
+    with pytest.raises(DataError, match=message):
+        open_splits(f"npz:{tmp_path}/a.npz", task="multi-label")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scpl_compile.errors import DataError, MethodError
 from scpl_compile.ir import InputSpec
-from scpl_compile.runtime.batch import check_labels, check_outside, check_trainable, named_inputs
+from scpl_compile.runtime.batch import check_outside, check_trainable, named_inputs
 
 IDS = InputSpec(name="ids", dtype="int64", shape=(5,), high=9)
 MASK = InputSpec(name="mask", dtype="bool", shape=(5,))
@@ -78,14 +78,6 @@ def test_what_the_model_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         named_inputs(specs, inputs)
-
-
-def test_labels_give_their_range() -> None:
-    assert check_labels(torch.tensor([2, 0, 1]), 6, 3) == (0, 2)
-    with pytest.raises(DataError, match="label 3 is out of range for 3 classes"):
-        check_labels(torch.tensor([2, 3]), 2, 3)
-    with pytest.raises(DataError, match="labels must be an int64 tensor .*, not ndarray"):
-        check_labels(np.zeros(2, dtype=np.int64), 2, 3)  # type: ignore[arg-type]
 
 
 def test_tensors_of_inference_mode_are_refused_by_name() -> None:

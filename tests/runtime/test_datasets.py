@@ -239,6 +239,17 @@ def test_random_takes_the_models_dtypes_and_bounds_and_the_seed():
     assert not same(open_splits("random:300", 1, inputs=inputs, num_classes=2).train, splits.train)
 
 
+def test_random_labels_of_several_are_two_of_ten():
+    labels = open_splits(
+        "random:500", inputs=IMAGE, num_classes=10, task="multi-label"
+    ).train.labels
+    assert labels.dtype == torch.bool and labels.shape == (500, 10)
+    assert labels.sum(1).float().mean() == pytest.approx(2, abs=0.3)
+    assert labels.sum(0).min() > 50
+    few = open_splits("random:500", inputs=IMAGE, num_classes=2, task="multi-label").train.labels
+    assert len(few.unique(dim=0)) == 4
+
+
 @pytest.mark.parametrize("name", ["random:0", "random:many", "random:-3"])
 def test_random_needs_a_number(name):
     with pytest.raises(DataError, match=f"'{name}' is not random:N"):

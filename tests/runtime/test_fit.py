@@ -126,6 +126,29 @@ def test_what_fits_passes():
 
 
 @pytest.mark.parametrize(
+    ("labels", "task", "message"),
+    [
+        (torch.arange(3), "multi-label", "mine has one label per sample; .* --task multi-label"),
+        (torch.ones(3, 10).bool(), "single-label", "mine has several labels per sample; .* single"),
+        (
+            torch.ones(3, 7).bool(),
+            "multi-label",
+            r"mine: train has 7 labels \(columns\), the model gives 10 .* with --num-classes 7",
+        ),
+        (torch.zeros(0, 10).bool(), "multi-label", "mine: train has no sample"),
+    ],
+)
+def test_labels_of_another_task_are_refused(labels, task, message):
+    split = Split(inputs=(torch.zeros(len(labels), 3),), labels=labels)
+    with pytest.raises(DataError, match=message):
+        check_split("mine", "train", split, (spec((3,)),), 10, task)
+    splits = images_of(1)
+    split = Split(inputs=(splits.train.inputs[0][: len(labels)],), labels=labels)
+    with pytest.raises(DataError, match=message):
+        check_images("mine", "train", split, ImageFit.of(splits, spec((1, 8, 8))), 10, task)
+
+
+@pytest.mark.parametrize(
     ("labels", "message"),
     [
         (

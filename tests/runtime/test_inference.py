@@ -87,6 +87,35 @@ def test_who_has_left_costs_nothing_from_there_on() -> None:
     assert first.compute / last.compute == pytest.approx(ratio)
 
 
+MULTI_RULES = ["confidence:0.55", "confidence:0.65", "agreement:2"]
+
+
+@pytest.mark.parametrize("rule", MULTI_RULES)
+def test_of_several_labels_every_one_must_be_sure_or_agreed(rule: str) -> None:
+    found = compiled("cnn", 4, method="early_exit", task="multi-label")
+    inputs = inputs_of("cnn")
+    kind, limit = rule.split(":")
+    with found.program.trainer(lr=1e-2, seed=0) as trainer:
+        for step in range(20):
+            trainer.step(found.batches[step % 5][0], torch.eye(4)[torch.arange(6) % 3])
+        everything = trainer.predict(inputs)
+        early = trainer.predict_early(inputs, rule)
+        evaluation = trainer.evaluate([(inputs, torch.ones(30, 4))], exit_rule=rule)
+    for sample in range(30):
+        probabilities = [one[sample].sigmoid() for one in everything]
+        for e, p in enumerate(probabilities[:-1]):
+            before = probabilities[max(0, e - 1)]
+            is_sure = float(torch.maximum(p, 1 - p).min()) >= float(limit)
+            agrees = e > 0 and torch.equal(p > 0.5, before > 0.5)
+            if is_sure if kind == "confidence" else agrees:
+                break
+        else:
+            e = len(everything) - 1
+        assert int(early.exits[sample]) == e
+    assert len(set(early.exits.tolist())) > 1
+    assert len(evaluation.exact_matches) == len(evaluation.accuracies) == 1
+
+
 def test_an_evaluation_adds_up_over_batches() -> None:
     inputs = inputs_of("cnn")
     labels = torch.arange(len(inputs[0])) % 4

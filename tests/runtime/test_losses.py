@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from scpl_compile.errors import MethodError
 from scpl_compile.kernels import supcon_loss
-from scpl_compile.runtime.losses import LocalLoss, cross_entropy
+from scpl_compile.runtime.losses import LocalLoss, binary_cross_entropy, cross_entropy
 from scpl_compile.runtime.similarity import deinforeg
 
 SHAPE = (3, 6, 6)
@@ -206,3 +206,43 @@ def test_cross_entropy_function_computes_in_float32_at_least(dtype):
     value = cross_entropy(logits, labels)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(value.double(), F.cross_entropy(logits.double(), labels), **FLOAT32)
+
+
+# ---------------------------------------------------------------------- several labels
+
+
+def overlap_loss(z, labels, temperature):
+    """As paper_loss, where two samples are positives if they share a label."""
+    z = z.double() / z.double().norm(dim=1, keepdim=True)
+    total = z.new_zeros(())
+    for i in range(len(z)):
+        others = [k for k in range(len(z)) if k != i]
+        similarities = z[others] @ z[i] / temperature
+        log_p = similarities - similarities.logsumexp(0)
+        is_positive = (labels[others] & labels[i]).any(1)
+        total = total - log_p[is_positive].sum() / (is_positive.sum() + 1)
+    return total / len(z)
+
+
+@pytest.mark.parametrize("head", ["identity", "mlp", "conv"])
+def test_of_several_labels_the_positives_share_one_and_every_label_has_its_entropy(head):
+    loss = LocalLoss(num_classes=3, in_shapes=(SHAPE,), head=head)
+    x = torch.randn(8, *SHAPE, requires_grad=True)
+    labels = torch.rand(8, 3) < 0.4
+    terms = loss(x, labels=labels)
+    found = torch.autograd.grad(sum(terms.values()), [x, *loss.parameters()])
+    contrast = overlap_loss(loss.projection(loss.trunk(x)), labels, 0.1)
+    p = loss.logits(x).double().sigmoid()
+    entropy = -torch.where(labels, p, 1 - p).log().mean()
+    torch.testing.assert_close(terms["contrast"].double(), contrast, **FLOAT32)
+    torch.testing.assert_close(terms["cross_entropy"].double(), entropy, **FLOAT32)
+    expected = torch.autograd.grad(contrast + entropy, [x, *loss.parameters()])
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_binary_cross_entropy_is_in_float32_at_least():
+    logits, labels = torch.randn(6, 3), torch.rand(6, 3) < 0.5
+    expected = F.binary_cross_entropy_with_logits(logits.bfloat16().float(), labels.float())
+    torch.testing.assert_close(binary_cross_entropy(logits.bfloat16(), labels), expected)
+    assert binary_cross_entropy(logits.double(), labels).dtype == torch.float64

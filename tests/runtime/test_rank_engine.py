@@ -43,11 +43,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "text": (
         "tests/runtime/pipelined_nets.py:Text", "ids:int64:5<11,mask:int64:5<2", {"num_classes": 3}
     ),
+    "several": ("tests/small_nets.py:UNet", "3x16x16", {"task": "multi-label"}),
     "unet": ("tests/small_nets.py:UNet", "3x16x16", {}),
     "unused": ("tests/small_nets.py:Unused", "8", {}),
 }  # fmt: skip
 """Batch norm, dropout of every kind, a buffer that no file has; several tensors and integers over
-a cut; skips over a cut; a parameter that nobody uses."""
+a cut; skips over a cut, also with several labels per sample; a parameter that nobody uses."""
 
 SIZES = (6, 6, 6, 3, 6, 6, 2, 2, 3, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4, 6)
 """Of the batches: smaller ones in between, and sizes that come back."""
@@ -87,6 +88,8 @@ CASES = [
     *(Case("text", 3, s) for s in ("stream", "bp")),
     Case("unet", 3, "stream"),
     Case("unused", 2, "stream"),
+    *(Case("several", 2, s, views=v) for s, v in (("stream", 2), ("in_step", 1), ("bp", 2))),
+    Case("several", 3, "stream", large=1),
     *(Case("small_net", 3, s, large=64) for s in ("stream", "bp")),
     *(Case("lstm", 3, s, large=1) for s in ("stream", "bp")),
     *(Case("unet", 3, s, large=1) for s in ("stream", "bp")),
@@ -112,6 +115,8 @@ def batches(case: Case, directory: Path, *, hidden: bool) -> list[tuple[Any, Ten
             shape = (len(inputs[0]), length)
             inputs = [torch.randint(1, 50, shape, generator=draws), torch.ones(shape).long()]
         labels = torch.arange(size) % plan.num_classes
+        if plan.task == "multi-label":
+            labels = (torch.eye(4)[labels] + torch.eye(4)[labels // 2]).bool()
         if hidden:
             inputs = [torch.empty_like(value, device="meta") for value in inputs]
             labels = labels.flip(0)

@@ -154,3 +154,33 @@ def test_naive_backpropagation_is_that_of_one_process(backpropagation: Path, tra
     assert train(backpropagation, *LONG, "--run-dir", "one").code == 0
     done(train_ranks(backpropagation, *LONG, "--run-dir", "two"))
     check_same_run(backpropagation / "two", backpropagation / "one")
+
+
+@pytest.fixture(scope="module")
+def several(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Programs of task multi-label in two stages, by their method."""
+    home = tmp_path_factory.mktemp("several")
+    for method in ("early_exit", "bp"):
+        compile_model(
+            f"{net_file}:build_model", "1x8x8", num_stages=2, method=method, task="multi-label",
+            out=home / method,
+        )  # fmt: skip
+    return {method: home / method for method in ("early_exit", "bp")}
+
+
+def test_with_several_labels_per_sample_it_is_the_run_of_one_process(
+    several: dict[str, Path], train: Train
+) -> None:
+    program = several["early_exit"]
+    options = (*LONG, "--augment", "strong")
+    assert train(program, *options, "--run-dir", "threads").code == 0
+    done(train_ranks(program, *options))
+    check_same_run(program / "run", program / "threads")
+    assert 0 <= result(program / "run")["exact_match"] < result(program / "run")["accuracy"]
+
+
+def test_several_labels_go_in_micro_batches(several: dict[str, Path]) -> None:
+    options = (*QUICK, "--schedule", "gpipe", "--microbatches", 2)
+    ended = train_ranks(several["bp"], *options)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert 0 < result(several["bp"] / "run")["losses"][1]["classifier"] < 1

@@ -71,6 +71,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "predsim": {"num_stages": 2, "method": "predsim"},
         "deinforeg": {"num_stages": 2, "method": "deinforeg", "options": {"head": "mlp"}},
         "al": {"num_stages": 2, "method": "al"},
+        "several": {"num_stages": 2, "options": {"head": "mlp"}, "task": "multi-label"},
     }
     with float64():
         for name, options in kinds.items():
@@ -85,6 +86,8 @@ def batch(directory: Path, views: int = 1, size: int = 8, seed: int = 0) -> Batc
     plan = read_plan(directory)
     inputs = tuple(example_inputs(plan.inputs, views * size, seed=seed))
     labels = (torch.arange(size) + seed) % 3
+    if plan.task == "multi-label":
+        labels = torch.eye(5)[labels].bool() | torch.eye(5)[torch.arange(size) % 4].bool()
     return Batch(inputs=inputs, labels=labels, views=views)
 
 
@@ -123,6 +126,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("scpl", 1, {"contrast": "global", "replicate": "fsdp"}),
     ("scpl", 2, {"replicate": "fsdp", "accumulate": 2, "clip_norm": 0.01, "contrast": "global"}),
     ("bp", 1, {"replicate": "fsdp"}),
+    ("several", 1, {"contrast": "global"}),
+    ("several", 2, {"contrast": "global"}),
 ]
 """Program, views, options."""
 

@@ -20,7 +20,7 @@ from run_files import QUICK, final, loss_rows, metrics, read_scalars, same_bits
 from scpl_compile.errors import DataError, ProgramError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.data import Loader
-from scpl_compile.runtime.evaluation import Evaluation, evaluation_facts
+from scpl_compile.runtime.evaluation import Evaluation, accuracy_text, evaluation_facts
 from scpl_compile.runtime.launch import launch, versions
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.open_loader import open_loader
@@ -140,6 +140,7 @@ def test_every_option_reaches_the_loader_and_the_trainer(program: Path) -> None:
         "accumulate": 2, "amp": "bf16", "channels_last": True, "wire_dtype": "",
         "total_steps": 12, "schedule": "in_step", "seed": 7, "threads_per_stage": 2,
         "trace_steps": 0,
+        "starts": (),
     }  # fmt: skip
 
 
@@ -395,6 +396,14 @@ def test_facts_of_an_evaluation_have_every_exit_where_there_are_several() -> Non
     assert evaluation_facts(one) == {"accuracy": 0.5, "num_samples": 4}
     two = Evaluation(num_samples=4, accuracies=(0.25, 0.5), losses=(1.0, 2.0))
     assert evaluation_facts(two)["exit_accuracies"] == [0.25, 0.5]
+
+
+def test_of_several_labels_the_exact_matches_are_told_too() -> None:
+    one = Evaluation(num_samples=4, accuracies=(0.9,), losses=(1.0,), exact_matches=(0.25,))
+    facts = evaluation_facts(one)
+    assert facts == {"accuracy": 0.9, "exact_match": 0.25, "num_samples": 4}
+    assert accuracy_text(facts) == "90.00 % of the labels (25.00 % exact matches)"
+    assert accuracy_text({"accuracy": 0.5}) == "50.00 %"
 
 
 def test_versions_name_what_a_result_depends_on() -> None:

@@ -45,6 +45,14 @@ def test_stratified_is_fixed_whatever_was_seeded():
     assert not torch.equal(first[1], torch.arange(12))  # mixed
 
 
+def test_rows_of_several_labels_are_divided_by_chance():
+    labels = torch.rand(100, 3) < 0.4
+    parts = stratified(labels, (0.1, 0.2))
+    assert [len(rows) for rows in parts] == [70, 10, 20]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(100))
+    assert not torch.equal(parts[1], torch.arange(10))
+
+
 def test_missing_parts_come_out_of_train_and_the_note_says_so():
     splits = make_splits("mine", "tensor", numbered([0, 1] * 50))
     sizes = (len(splits.train), len(splits.validation), len(splits.test))

@@ -140,3 +140,28 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 def test_blanks_around_a_label_and_a_mark_at_the_beginning_do_not_count(tmp_path: Path) -> None:
     rows = "\ufefftext,label\n" + "one, good\ntwo,good \nthree,bad\n" * 10
     assert opened(tmp_path, rows, "ids:int64:5<9").num_classes == 2
+
+
+SEVERAL = """text,label,split
+one,comedy; drama,train
+two,drama,train
+three,,train
+four,war;comedy;,test
+five,drama;drama,validation
+"""
+
+
+def test_several_labels_stand_with_semicolons_between_them(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text(SEVERAL)
+    inputs = parse_inputs("ids:int64:5<9", ["ids"])
+    found = open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs, task="multi-label")
+    assert found.num_classes == 3  # comedy, drama, war
+    assert found.train.labels.dtype == torch.bool
+    assert found.train.labels.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert found.test.labels.tolist() == [[1, 0, 1]]
+    assert found.validation.labels.tolist() == [[0, 1, 0]]
+    with pytest.raises(DataError, match="row 4: a text and a label are needed"):
+        open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs)  # of which one must be there
+    (tmp_path / "data.csv").write_text("text,label\na,\nb,;\n")
+    with pytest.raises(DataError, match="has no label; a classifier needs two"):
+        open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs, task="multi-label")

@@ -119,7 +119,10 @@ def test_a_classifier_says_its_number_of_classes():
         ((8, 1000), "gives 1000 classes, --num-classes says 10; pass --config num_"),
         ((8, 1), r"gives \(8, 1\): one number per sample is a regression"),
         ((8,), r"gives \(8,\): one number per sample is a regression"),
-        ((8, 20, 500), r"\(8, 20, 500\): a prediction per token .*: pool over"),
+        (
+            (8, 20, 500),
+            r"\(8, 20, 500\): a prediction per token .* or several with --task mul.*: pool over",
+        ),
         ((8, 21, 4, 4), r"\(8, 21, 4, 4\): a prediction per pixel"),
         ((), r"gives \(\) for a batch of 8; name a callable"),
         ((160, 10), r"gives \(160, 10\) for a batch of 8"),
