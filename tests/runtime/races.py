@@ -20,12 +20,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from scpl_compile.runtime.gpu import Gpu
 
@@ -73,6 +73,7 @@ class Memory:
     gpu: "SimulatedGpu"
     home: "Stream | None"
     name: str
+    is_on_host: bool = False
     write: Access | None = None
     reads: dict["Stream", Access] = field(default_factory=dict)  # since the last write
     last: dict["Stream", Access] = field(default_factory=dict)
@@ -158,8 +159,17 @@ class SimulatedGpu(Gpu):
             self.thread.stream = before
 
     def holds(self, value: Tensor) -> bool:
-        memory = self._known(value)
+        memory = self.known(value)
         return memory is not None and memory.home is not None
+
+    def put_on_host(self, value: Tensor) -> Tensor:
+        """`value`, which is no tensor of a GPU; what the caller computes from such ones is none."""
+        self.memory(value).is_on_host = True
+        return value
+
+    def is_on_host(self, value: Tensor) -> bool:
+        memory = self.known(value)
+        return memory is not None and memory.is_on_host
 
     def keep(self, value: Tensor, stream: Stream) -> None:  # type: ignore[override]
         self.memory(value).kept_for.add(stream)
@@ -187,12 +197,13 @@ class SimulatedGpu(Gpu):
 
     def memory(self, value: Tensor) -> Memory:
         """The record of the tensor's storage; it lives as long as the storage."""
-        memory = self._known(value)
+        memory = self.known(value)
         if memory is None:
             memory = self._record(value, None)
         return memory
 
-    def _known(self, value: Tensor) -> Memory | None:
+    def known(self, value: Tensor) -> Memory | None:
+        """The record of the tensor's storage, if there is one."""
         memory: Memory | None = getattr(value.untyped_storage(), "memory", None)
         return memory if memory is not None and memory.gpu is self else None
 
@@ -263,35 +274,61 @@ class _Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        gpu, schema = self._gpu, func._schema
+        gpu, kwargs = self._gpu, kwargs or {}
         result = func(*args, **kwargs)
-        given = [*zip(schema.arguments, args, strict=False)]
-        given += [(one, kwargs[one.name]) for one in schema.arguments if one.name in kwargs]
-        reads: list[Tensor] = []
-        writes: list[Tensor] = []
-        # Views and *_like look at shapes alone.
-        looks = func.is_view or schema.name.endswith("_like") or "::new_" in schema.name
-        for argument, value in given:
-            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                writes += tensors
-            elif not looks:
-                reads += tensors
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if _is_copy_to_host(func, args, kwargs):
+        signature = _signature(func)
+        given = [*zip(signature.arguments, args, strict=False), *kwargs.items()]
+        writes = [t for name, value in given if name in signature.writes for t in _tensors(value)]
+        reads = [
+            t
+            for name, value in given
+            if name not in signature.writes and not signature.looks
+            for t in _tensors(value)
+        ]
+        if _is_copy_to_host(func, args, kwargs) and gpu.holds(args[0]):
             gpu.launch(func, reads, writes)
             gpu.host_waits(gpu.thread.stream.clock)
             return result
-        known = {value.untyped_storage()._cdata for value in (*reads, *writes)}
+        if gpu.thread.stream is gpu.caller and (reads or writes):
+            if all(map(gpu.is_on_host, (*reads, *writes))):
+                for value in _tensors(result):
+                    gpu.put_on_host(value)
+                return result
         if not func.is_view:
-            for value in outputs:
-                if gpu._known(value) is None and value.untyped_storage()._cdata not in known:
+            known = {value.untyped_storage()._cdata for value in (*reads, *writes)}
+            for value in _tensors(result):
+                if gpu.known(value) is None and value.untyped_storage()._cdata not in known:
                     gpu.made(value)
                     writes.append(value)
         if reads or writes:
             gpu.launch(func, reads, writes)
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """arguments: their names, in order; writes: of those written; looks: reads shapes alone."""
+
+    arguments: tuple[str, ...]
+    writes: frozenset[str]
+    looks: bool
+
+
+@cache
+def _signature(func: Any) -> _Signature:
+    schema = func._schema
+    aliased = [one for one in schema.arguments if one.alias_info is not None]
+    return _Signature(
+        arguments=tuple(one.name for one in schema.arguments),
+        writes=frozenset(one.name for one in aliased if one.alias_info.is_write),
+        looks=func.is_view or schema.name.endswith("_like") or "::new_" in schema.name,
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for one in value for t in _tensors(one)] if isinstance(value, (list, tuple)) else []
 
 
 def _is_copy_to_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
