@@ -164,7 +164,8 @@ class SimulatedGpu(Gpu):
 
     def put_on_host(self, value: Tensor) -> Tensor:
         """`value`, which is no tensor of a GPU; what the caller computes from such ones is none."""
-        self.memory(value).is_on_host = True
+        memory = self.memory(value)
+        memory.is_on_host, memory.home, memory.write = True, None, None
         return value
 
     def is_on_host(self, value: Tensor) -> bool:

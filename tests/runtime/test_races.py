@@ -61,6 +61,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
         name_tensors(gpu, stage, action)
 
     monkeypatch.setattr(engine._Workers, "_execute", named)
+    load = checkpoint.load_stage
+
+    def loaded(*args: Any) -> Any:
+        tensors, values = load(*args)
+        return {name: gpu.put_on_host(value) for name, value in tensors.items()}, values
+
+    monkeypatch.setattr(checkpoint, "load_stage", loaded)
     return gpu
 
 
