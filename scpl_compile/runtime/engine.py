@@ -105,7 +105,7 @@ class Engine:
             for k in range(len(self.stages))
         ]
         for stage in self.stages:
-            stage.lane.follow()  # the caller made the stages, or loaded them, on its own stream
+            stage.adopt()
         self._workers = _Workers(
             self.stages,
             lists,

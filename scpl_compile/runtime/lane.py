@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from scpl_compile.errors import MethodError
+from scpl_compile.runtime.gpu import Gpu
 
 __all__ = ["Lane", "Mark", "caller_mark", "default_threads", "resolve_devices", "split_devices"]
 
 Mark = torch.cuda.Event | None
 """The point in the sender's stream after which its tensors are there; None on CPU."""
+
+GPU = Gpu()
+"""What every lane calls; a test puts a simulated one in its place."""
 
 
 class Lane:
@@ -21,11 +25,14 @@ class Lane:
     Two stages on one GPU have two streams, so their kernels may overlap. A tensor that is handed
     over carries a Mark: the receiver's stream waits for it (the host does not), and the caching
     allocator is told that a second stream reads the tensor.
+
+    has_own_stream: False where no other stage is at work in this process: then all is launched on
+    the caller's stream, and nothing has to wait for anything.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, has_own_stream: bool = True) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = GPU.stream(device, is_new=has_own_stream)
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -33,16 +40,12 @@ class Lane:
         if self.stream is None:
             yield
         else:
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            with GPU.scope(self.device, self.stream):
                 yield
 
     def mark(self) -> Mark:
         """The present end of this lane's stream."""
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
+        return None if self.stream is None else self.stream.record_event()
 
     def receive(self, values: Mapping[str, Tensor], mark: Mark) -> dict[str, Tensor]:
         """The tensors of a sender on this lane's device, safe to read on this lane's stream.
@@ -53,17 +56,26 @@ class Lane:
             mark.synchronize()
         elif mark is not None and self.stream is not None:
             self.stream.wait_event(mark)
-        received = {}
-        for name, value in values.items():
-            if self.stream is not None and value.is_cuda:
-                value.record_stream(self.stream)
-            received[name] = value.to(self.device, non_blocking=self.stream is not None)
-        return received
+        self.keep(values.values())
+        is_async = self.stream is not None
+        return {
+            name: value.to(self.device, non_blocking=is_async) for name, value in values.items()
+        }
+
+    def keep(self, values: Iterable[Tensor]) -> None:
+        """These were made on another stream; freed, they stay as they are until this one is done.
+
+        Without it their memory would at once be the other stream's, to be written again, while
+        this lane's kernels that read it are still to run.
+        """
+        for value in values:
+            if self.stream is not None and GPU.holds(value):
+                GPU.keep(value, self.stream)
 
     def follow(self) -> None:
         """What is launched on this lane from now on comes after what the caller has launched."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.stream.wait_stream(GPU.current_stream(self.device))
 
     def synchronize(self) -> None:
         """The host waits for everything launched on this lane."""
@@ -72,9 +84,15 @@ class Lane:
 
 
 def caller_mark(values: Iterable[Tensor]) -> Mark:
-    """The present end of the caller's stream on the first GPU among `values`; None without any."""
-    device = next((value.device for value in values if value.is_cuda), None)
-    return None if device is None else torch.cuda.current_stream(device).record_event()
+    """The present end of the caller's streams on all GPUs that hold `values`; None without any."""
+    devices = dict.fromkeys(value.device for value in values if GPU.holds(value))
+    if not devices:
+        return None
+    first, *others = (GPU.current_stream(device) for device in devices)
+    for other in others:
+        first.wait_stream(other)  # one mark stands for all of them
+    mark: Mark = first.record_event()
+    return mark
 
 
 def resolve_devices(names: tuple[str, ...], num_stages: int) -> tuple[torch.device, ...]:

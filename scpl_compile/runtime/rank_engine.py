@@ -102,7 +102,7 @@ class RankEngine:
             return
         if not self._inbox.knows(key):
             self.finish()  # to wait for a header while a batch waits here could be for ever
-        # The stage's own stream: after what reads that slot now.
+        # The stage's stream: after what reads that slot now.
         with telling_lost_ranks(self._name), self.stage.lane.scope():
             self._inbox.post(key)
         self.finish()

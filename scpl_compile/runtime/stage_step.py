@@ -90,7 +90,16 @@ class StageStep:
         self.recomputes = recomputes
         self._in_flight: dict[int, _InFlight] = {}
         self._finished: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=KEPT_LOSSES)
-        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=lane.device)
+        with lane.scope():
+            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=lane.device)
+
+    def adopt(self) -> None:
+        """The caller made the module, or loaded it, on its own stream; it is this lane's now.
+
+        A module may replace a buffer, and so free the one that the caller made.
+        """
+        self.lane.follow()
+        self.lane.keep(value for _, value in _all_state(self.module))
 
     def receive(self, step: int, values: Mapping[str, Tensor], labels: Tensor, mark: Mark) -> None:
         """RECV: take the tensors of `step` to this stage's device.

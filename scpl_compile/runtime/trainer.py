@@ -120,7 +120,9 @@ class Trainer:
         recomputes = set(everyone if recompute_stages is None else recompute_stages)
         self.learning_rate = learning_rate(lr, lr_schedule, total_steps, warmup=warmup)
         start_training(model)
-        lanes = {k: Lane(self.devices[k]) for k in self._own_stages()}
+        lanes = {
+            k: Lane(self.devices[k], has_own_stream=not self._on_ranks) for k in self._own_stages()
+        }
         modules = self._make_all(stages, lanes)
         how = StepOptions(
             amp=amp, channels_last=channels_last, clip_norm=clip_norm, accumulate=accumulate,

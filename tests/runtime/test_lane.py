@@ -96,6 +96,39 @@ def test_a_callers_mark_lies_on_the_stream_that_made_its_tensors(
     assert caller_mark([on_cpu, on_gpu]) == "record_event of stream 1"  # type: ignore[list-item]
 
 
+def test_one_mark_stands_for_the_streams_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    streams = {name: Recorder(f"stream of {name}", calls) for name in ("cuda:0", "cuda:1")}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    inputs = Recorder("inputs", calls, is_cuda=True, device="cuda:0")
+    labels = Recorder("labels", calls, is_cuda=True, device="cuda:1")
+    caller_mark([inputs, labels, inputs])  # type: ignore[list-item]
+    assert calls == [
+        ("stream of cuda:0", "wait_stream", "stream of cuda:1"),
+        ("stream of cuda:0", "record_event"),
+    ]
+
+
+def test_what_a_lane_keeps_is_told_to_the_allocator_if_it_lies_on_a_gpu() -> None:
+    calls: list[tuple[Any, ...]] = []
+    lane = Lane(CPU)
+    tensors = [Recorder(f"is_cuda={on}", calls, is_cuda=on) for on in (True, False)]
+    lane.keep(tensors)  # type: ignore[arg-type]
+    assert calls == []
+    lane.stream = Recorder("stream", calls)  # type: ignore[assignment]
+    lane.keep(tensors)  # type: ignore[arg-type]
+    assert calls == [("is_cuda=True", "record_stream", "stream")]
+
+
+def test_a_lane_has_its_own_stream_or_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"new on {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    device = torch.device("cuda:1")
+    assert Lane(device).stream == "new on cuda:1"
+    assert Lane(device, has_own_stream=False).stream == "current of cuda:1"
+    assert Lane(CPU, has_own_stream=False).stream is None
+
+
 def test_the_scope_of_a_lane_is_its_device_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[object] = []
 
