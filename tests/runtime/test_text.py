@@ -148,6 +148,7 @@ two,drama,train
 three,,train
 four,war;comedy;,test
 five,drama;drama,validation
+six,war,train
 """
 
 
@@ -157,10 +158,10 @@ def test_several_labels_stand_with_semicolons_between_them(tmp_path: Path) -> No
     found = open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs, task="multi-label")
     assert found.num_classes == 3  # comedy, drama, war
     assert found.train.labels.dtype == torch.bool
-    assert found.train.labels.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert found.train.labels.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert found.test.labels.tolist() == [[1, 0, 1]]
     assert found.validation.labels.tolist() == [[0, 1, 0]]
-    with pytest.raises(DataError, match="row 4: a text and a label are needed"):
+    with pytest.raises(DataError, match="line 4: a text and a label are needed"):
         open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs)  # of which one must be there
     (tmp_path / "data.csv").write_text("text,label\na,\nb,;\n")
     with pytest.raises(DataError, match="has no label; a classifier needs two"):
