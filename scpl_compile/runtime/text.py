@@ -26,6 +26,7 @@ from scpl_compile.runtime.splits import Split, Splits, make_splits, stratified
 __all__ = ["csv_splits", "words_of"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_COLUMNS = ("text", "label", "split")
 _PARTS = ("train", "validation", "test")
 _SHARES = (0.1, 0.2)  # of validation and test, where the file names no splits
 _OTHER, _FIRST_WORD = 1, 2
@@ -93,36 +94,31 @@ def _is_tokens(item: InputSpec) -> bool:
 def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
     """Texts, labels and parts of the rows; a part is "" where there is no such column."""
     with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            columns = reader.fieldnames or ()
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        columns, *rows = [row for row in reader if row] or [[]]
     if missing := {"text", "label"} - set(columns):
         raise DataError(
             f"{path} has no column {min(missing)!r}; its columns: {', '.join(columns) or 'none'}"
         )
     if len(set(columns)) < len(columns):
         raise DataError(f"{path} has two columns of one name; its columns: {', '.join(columns)}")
-    for number, row in enumerate(rows, 2):
-        part = row.get("split")
-        if None in row:
+    places = [columns.index(name) if name in columns else None for name in _COLUMNS]
+    # A row that is shorter than the first one stays so in memory: it has "" there.
+    cells = [[row[i] if i is not None and i < len(row) else "" for i in places] for row in rows]
+    for number, (row, (text, label, part)) in enumerate(zip(rows, cells, strict=True), 2):
+        if len(row) > len(columns):
             raise DataError(
                 f"{path}, row {number} has more columns than the first row; quote a text that has "
                 "commas"
             )
-        if not row["text"] or not (row["label"] or "").strip():
+        if not text or not label.strip():
             raise DataError(f"{path}, row {number}: a text and a label are needed")
         if "split" in columns and part not in _PARTS:
             raise DataError(f"{path}, row {number}: split {part!r} is not {', '.join(_PARTS)}")
     if not rows:
         raise DataError(f"{path} has no rows")
-    return (
-        [row["text"] for row in rows],
-        [row["label"].strip() for row in rows],
-        [row.get("split") or "" for row in rows],
-    )
+    texts, labels, parts = (list(column) for column in zip(*cells, strict=True))
+    return texts, [label.strip() for label in labels], parts
 
 
 def _order(label: str) -> tuple[float, str]:

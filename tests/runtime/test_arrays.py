@@ -140,7 +140,7 @@ def test_a_missing_torn_or_foreign_npz_file_is_named(tmp_path):
         with pytest.raises(DataError, match="a.npz is damaged or cannot be read"):
             open_splits(f"npz:{path}", inputs=TEXT)
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"a.npy is damaged or cannot be read: one array, not"):
+    with pytest.raises(DataError, match=r"a.npy is damaged or cannot be read: .*not a zip file"):
         open_splits(f"npz:{tmp_path}/a.npy")
 
 
