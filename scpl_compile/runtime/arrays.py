@@ -99,9 +99,8 @@ def _read_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     check_size(path, info.file_size)
     with archive.open(info) as file:
         is_first = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if is_first else (
-            np.lib.format.read_array_header_2_0
-        )
+        form = np.lib.format
+        read = form.read_array_header_1_0 if is_first else form.read_array_header_2_0
         shape, _, dtype = read(file)
         nbytes = prod(shape) * dtype.itemsize
         if not dtype.hasobject and nbytes != info.file_size - file.tell():

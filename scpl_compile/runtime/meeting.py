@@ -197,7 +197,7 @@ def _foreign(key: str) -> TrainingError:
 def _end(store: Store, rank: int, world_size: int) -> None:
     """Rank 0 prints the first failure, once; the others wait for that."""
     if rank == 0 and store.add("tellers", 1) == 1:
-        print(f"error: {store.get(_FAILURE).decode()}", file=sys.stderr, flush=True)
+        print(f"error: {store.get(_FAILURE).decode(errors='replace')}", file=sys.stderr, flush=True)
         store.set(_TOLD, "")
     _wait(store, [_TOLD], _PATIENCE_S)
     store.set(f"ended/{rank}", "")

@@ -61,6 +61,7 @@ class RunDirectory:
 
     def _open(self) -> None:
         """Find where to go on."""
+        self._check_contents()
         self.resume_from = checkpoint.latest(self.path)
         result = self.path / "result.json"
         is_finished = result.is_file() and self.final.is_file()
@@ -77,6 +78,14 @@ class RunDirectory:
                 told.append(rate)
             if not all(_is_number(value) for value in told):
                 raise ProgramError(f"{result} is damaged; start again with --force")
+
+    def _check_contents(self) -> None:
+        """Files and directories alone: through a link, a run from elsewhere would be written to
+        another place, and a pipe would be waited for.
+        """
+        for item in self.path.rglob("*"):
+            if item.is_symlink() or not (item.is_file() or item.is_dir()):
+                raise ProgramError(f"{item} is no file of a run; replace it by the file itself")
 
     def _compare_options(self) -> None:
         path = self.path / "run.json"

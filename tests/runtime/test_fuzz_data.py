@@ -1,4 +1,4 @@
-"""Files of data sets that somebody else wrote: ten thousand mutants for every reader (fuzzing.py)."""
+"""Files of data sets that somebody else wrote: ten thousand mutants for every reader."""
 
 import gzip
 import io
@@ -7,7 +7,6 @@ import struct
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -100,11 +99,12 @@ def npz(members: dict[str, bytes], method: int) -> bytes:
 
 
 _HEADER_WORDS = (
-    (b"'<f4'", (b"'|O'", b"'<f8'", b"'>i2'", b"'<U9'", b"'V999999999999'", b"'<M8[s]'", b"[]", b"'c16'",
-                b"[('a','<i4')]", b"3", b"'<f4,<f4'", b"'|u1'", b"'?'")),
+    (b"'<f4'", (b"'|O'", b"'<f8'", b"'>i2'", b"'<U9'", b"'V999999999999'", b"'<M8[s]'", b"[]",
+                b"'c16'", b"[('a','<i4')]", b"3", b"'<f4,<f4'", b"'|u1'", b"'?'")),
     (b"False", (b"True", b"None", b"0", b"[False]")),
-    (b"(20, 3, 2, 2)", (b"(20,)", b"()", b"(20, 0)", b"(20, 3, 0, 2)", b"(-1,)", b"(99999999999,)", b"(20, 12)", b"(20, 10**9)",
-                  b"(4294967296, 4294967296)", b"20", b"(20, True)", b"((" * 90, b"(240,)", b"(2.0,)")),
+    (b"(20, 3, 2, 2)", (b"(20,)", b"()", b"(20, 0)", b"(20, 3, 0, 2)", b"(-1,)", b"(99999999999,)",
+                        b"(20, 12)", b"(20, 10**9)", b"(4294967296, 4294967296)", b"20",
+                        b"(20, True)", b"((" * 90, b"(240,)", b"(2.0,)")),
     (b"shape", (b"shapes", b"", b"__class__")),
 )  # fmt: skip
 
@@ -138,7 +138,9 @@ def test_npz(folder: Path) -> None:
         changed[name] = how(rng, changed[name])
         if rng.random() < 0.05:
             changed[rng.choice(("../../x.npy", "/etc/x.npy", "y_train.npy"))] = changed.pop(name)
-        path.write_bytes(npz(changed, rng.choice((*methods, *methods, *methods, zipfile.ZIP_BZIP2))))
+        path.write_bytes(
+            npz(changed, rng.choice((*methods, *methods, *methods, zipfile.ZIP_BZIP2)))
+        )
 
     path.write_bytes(whole[0])
     fuzz(folder, feed, lambda: read_all(open_splits(f"npz:{path}")))

@@ -1,5 +1,6 @@
 """Texts with labels from a CSV file become token numbers; the test texts teach nothing."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,14 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 def test_blanks_around_a_label_and_a_mark_at_the_beginning_do_not_count(tmp_path: Path) -> None:
     rows = "\ufefftext,label\n" + "one, good\ntwo,good \nthree,bad\n" * 10
     assert opened(tmp_path, rows, "ids:int64:5<9").num_classes == 2
+
+
+def test_rows_shorter_than_a_wide_first_one_take_no_more_memory(tmp_path: Path) -> None:
+    """A small file, but 25 million cells."""
+    columns = "".join(f",c{i}" for i in range(5000))
+    text = f"text,label{columns}\n" + "word,a\nother,b\n" * 2500
+    tracemalloc.start()
+    found = opened(tmp_path, text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.train) == 3500 and peak < 30e6
