@@ -105,7 +105,7 @@ class Meeting:
         if not self.store.check([name]):
             return None
         try:
-            return json.loads(self.store.get(name))
+            return json.loads(self.store.get(name).decode())
         except (ValueError, RecursionError) as error:
             raise _foreign(key) from error
 

@@ -119,7 +119,8 @@ class StageRandom:
     def load_state(self, tensors: dict[str, Tensor], text: str) -> None:
         """Continue the stream that `state` described; whatever is raised, it was none.
 
-        The generators themselves say so where one is set, but numpy's would read behind its key.
+        The generators themselves say so where they are set, but for these two: numpy's would read
+        behind its key, and Python's returns what it is given.
         """
         rest = json.loads(text)
         position, has_gauss = rest["numpy"]
@@ -127,6 +128,8 @@ class StageRandom:
         version, gauss = rest["python"]
         if type(position) is not int or not 0 <= position <= len(key):
             raise ValueError(f"numpy's position is {position!r}")
+        if gauss is not None and type(gauss) is not float:
+            raise ValueError(f"Python's next number is {gauss!r}")
         state: dict[str, Any] = {
             "torch": tensors["torch"],
             "numpy": {
