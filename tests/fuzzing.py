@@ -116,6 +116,12 @@ def mutate_tensors(rng: Random, content: bytes) -> bytes:
         key = rng.choice(list(inner))
         inner[key] = mutate_json(rng, inner[key])
         text = json.dumps(header)
+    elif rng.random() < 0.3:
+        tensor = header[rng.choice([name for name in header if name != "__metadata__"])]
+        tensor["dtype"] = rng.choice(("F32", "I64", "F8_E5M2", "F4", "BOOL", "C64", "X"))
+        tensor["shape"] = [rng.choice((0, 1, 3, 24, 2**31, 2**62, 2**63, 2**64 - 1)) for _ in "ab"]
+        tensor["data_offsets"][1] = tensor["data_offsets"][rng.randrange(2)]
+        text = json.dumps(header)
     else:
         text = mutate_json(rng, text)
     changed = text.encode("utf-8", "surrogateescape")

@@ -104,14 +104,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ProgramError: the file is missing, torn, or no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ProgramError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ProgramError(f"{path} is damaged: {error}") from error
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, original in _aliases(path, metadata.pop("aliases", "{}")).items():
         if original not in tensors:
             raise ProgramError(
@@ -142,7 +137,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise ProgramError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: sizes of more than 63 bits
         raise ProgramError(f"{path} is damaged: {error}") from error
 
 

@@ -204,6 +204,17 @@ def test_a_damaged_header_is_refused(tmp_path: Path, aliases: str, message: str)
                 read(path)
 
 
+def test_a_size_that_torch_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for size in (2**63, 2**64 - 1):
+        place = {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}
+        header = json.dumps({"x": place}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        for read in (load_tensors, lambda path: load_some(path, ["x"])):
+            with pytest.raises(ProgramError, match="x.safetensors is damaged: "):
+                read(path)
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 

@@ -317,7 +317,7 @@ def test_the_state_of_another_stage_is_refused() -> None:
     tensors, values = second.state()
     wider = {**tensors, "module.out.weight": torch.zeros(NUM_CLASSES + 1, WIDTH)}
     with pytest.raises(
-        TrainingError, match=r"'out.weight' is \(5, 8\) in the checkpoint and \(4, "
+        TrainingError, match=r"'out.weight' is \(5, 8\) torch.float32 in the checkpoint and \(4, "
     ):
         second.load_state(wider, values)
 
