@@ -97,7 +97,7 @@ def _change(rng: Random, tree: Any) -> None:
             place[rng.choice(_PATHS)] = place.pop(key)
         case 3 if type(place[key]) in (int, float):
             value = place[key]
-            place[key] = rng.choice((-value, value + 1, value * 2**40, float(value), str(value)))
+            place[key] = rng.choice((-value, value + 1, value * 2**40, f"{value}", [value]))
         case 4:
             place[key] = [place[key]]
         case _:
