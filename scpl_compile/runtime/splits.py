@@ -75,9 +75,8 @@ def _decode(path: Path, size: tuple[int, int, int]) -> np.ndarray:
             pixels = image.convert("L" if channels == 1 else "RGB").resize(
                 (width, height), Image.Resampling.BILINEAR
             )
-    except MemoryError:
-        raise
-    except Exception as error:  # of a file that somebody made up, Pillow raises all there is
+    except Exception as error:
+        # Of a file that somebody made up, Pillow raises all there is, even MemoryError.
         raise DataError(f"{path} is damaged or no image: {error}") from error
     return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
 
