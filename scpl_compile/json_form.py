@@ -16,6 +16,8 @@ LEFT_OUT: Mapping[str, bool] = types.MappingProxyType({"left_out": True})
 """Metadata of a field that is not written while it has its default, so that what was written before
 there was such a field reads as it did, and has the digest that it had.
 """
+_MOST_LEVELS = 50
+"""Of values of any kind; what reads them later goes down by recursion."""
 
 
 def to_json(value: Any) -> Any:
@@ -54,6 +56,11 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
         return cls(**values)
 
 
+def _is_deeper(data: Any, levels: int) -> bool:
+    items = data.values() if isinstance(data, Mapping) else data if isinstance(data, list) else ()
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "…"
@@ -61,6 +68,8 @@ def _brief(value: Any) -> str:
 
 def _read(hint: Any, data: Any, where: str) -> Any:
     if hint is Any:
+        if _is_deeper(data, _MOST_LEVELS):
+            raise ProgramError(f"{where} is nested deeper than {_MOST_LEVELS} levels")
         return data
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

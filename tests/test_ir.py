@@ -182,6 +182,17 @@ def test_a_value_of_another_type_is_named_by_its_path(path: tuple[str | int, ...
         assert str(caught.value).startswith(f"{place} must be ")
 
 
+def test_a_value_that_is_nested_too_deeply_is_refused() -> None:
+    data = to_json(a_plan())
+    for depth in (40, 60, 900):
+        data["source"]["config"]["width"] = json.loads("[" * depth + "]" * depth)
+        if depth == 40:
+            assert from_json(Plan, data).digest
+        else:
+            with pytest.raises(ProgramError, match="config.width is nested deeper than 50 levels"):
+                from_json(Plan, data)
+
+
 def test_a_number_that_no_float_holds_is_refused() -> None:
     with pytest.raises(ProgramError, match="bottleneck_us must be float, not 1000"):
         from_json(Plan, replaced(PLAN, ("bottleneck_us",), 10**400))

@@ -189,5 +189,5 @@ def _is_changed_by_hand(directory: Path) -> bool:
     try:
         plan = from_json(Plan, json.loads((directory / "plan.json").read_text("utf-8")))
         return train.is_file() and train.read_text("utf-8") != train_source(plan)
-    except (OSError, ValueError, ScplError):
+    except (OSError, ValueError, RecursionError, ScplError):
         return train.is_file()

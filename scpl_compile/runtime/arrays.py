@@ -4,11 +4,11 @@ Whether uint8 values are images (to be scaled, normalised, resized) or plain num
 the model: images feed a single input of floats.
 """
 
-import struct
+import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scpl_compile.errors import DataError, SourceError, context
+from scpl_compile.errors import DataError, ScplError, SourceError, context
 from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.labels import SUPPORTED, as_flags
 from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits
 
-__all__ = ["Inputs", "callable_splits", "npz_splits", "reading"]
+__all__ = ["MOST_UNPACKED", "Inputs", "callable_splits", "check_size", "npz_splits", "reading"]
 
 Inputs = Sequence[InputSpec]
 """What the model takes; empty where that is not known."""
 
-_DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, struct.error)
+MOST_UNPACKED = 1032
+"""Bytes that deflate can make of one."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns a failure to read `path` into a DataError that names it."""
+    """Turns a failure to read `path` into a DataError that names it.
+
+    Any failure: of a file that somebody made up, the libraries' readers raise all there is.
+    """
     try:
         yield
+    except (ScplError, MemoryError):
+        raise
     except FileNotFoundError:
         raise DataError(f"the file {path} is missing") from None
-    except _DAMAGED as error:
+    except Exception as error:
         raise DataError(f"{path} is damaged or cannot be read: {error}") from error
+
+
+def check_size(path: Path, nbytes: int) -> None:
+    """Before memory is taken for what a header within `path` claims to be `nbytes`.
+
+    Raises:
+        ValueError: the file cannot hold that, not even compressed, or this machine cannot.
+    """
+    if nbytes > MOST_UNPACKED * path.stat().st_size:
+        raise ValueError(f"it claims to hold {nbytes} bytes, which its size does not allow")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > memory:
+        raise ValueError(f"it holds {nbytes} bytes, this machine has {memory}; take a part of it")
 
 
 def npz_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) -> Splits:
@@ -49,11 +68,8 @@ def npz_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) 
     Raises:
         DataError: the file is missing, damaged, or holds other arrays.
     """
-    with reading(path), path.open("rb") as file:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an archive of arrays as np.savez writes it")
-        names = list(archive.files)
+    with reading(path), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
     known = (("train", ""), ("train", "_train"), ("validation", "_val"),
              ("validation", "_validation"), ("test", "_test"))  # fmt: skip
     parts = {part: suffix for part, suffix in known if f"y{suffix}" in names}  # the last one wins
@@ -69,12 +85,30 @@ def npz_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) 
         keys = [f"{field}{parts[part]}" for field in (*fields, "y")]
         if absent := [key for key in keys if key not in names]:
             raise DataError(f"{path} has no {absent[0]}; its arrays: {', '.join(names)}")
-        with reading(path), path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            arrays = [archive[key] for key in keys]
+        with reading(path), zipfile.ZipFile(path) as archive:
+            arrays = [_read_array(path, archive, f"{key}.npy") for key in keys]
         return _split([*arrays[:-1]], arrays[-1], inputs, task, f"{path} {part}")
 
     return _of_arrays(spec, read, parts, inputs)
+
+
+def _read_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array, whose header is compared with the size of its file first."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in another way than by np.savez_compressed")
+    check_size(path, info.file_size)
+    with archive.open(info) as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        form = np.lib.format
+        read = form.read_array_header_1_0 if is_first else form.read_array_header_2_0
+        shape, _, dtype = read(file)
+        nbytes = prod(shape) * dtype.itemsize
+        if not dtype.hasobject and nbytes != info.file_size - file.tell():
+            raise ValueError(f"{name} is of {shape} {dtype}, and has other than {nbytes} bytes")
+    with archive.open(info) as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+        return array
 
 
 def _in_order(fields: list[str], inputs: Inputs, path: Path) -> list[str]:
@@ -145,6 +179,8 @@ def _of_arrays(
 def _split(values: Sequence[Any], labels: Any, inputs: Inputs, task: str, place: str) -> Split:
     tensors = tuple(_tensor(value, f"{place} inputs") for value in values)
     tensors = (_channels_first(tensors[0]),) if _is_image(tensors, inputs) else tensors
+    if empty := [tuple(tensor.shape) for tensor in tensors if 0 in tensor.shape[1:]]:
+        raise DataError(f"{place} inputs of the shape {empty[0]} have no values")
     targets = _tensor(labels, f"{place} labels")
     with context(place):
         targets = _flags(targets) if task == MULTI_LABEL else _classes(targets)

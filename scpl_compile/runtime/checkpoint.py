@@ -43,6 +43,10 @@ _KEPT = 2
 """Complete checkpoints that stay; older ones are removed when a newer one is complete."""
 
 
+_MOST_STEPS = 2**53
+"""A checkpoint that says more is damaged; steps are counted in 64 bits."""
+
+
 def step_directory(run: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
     return run / f"step-{step:08d}"
@@ -101,16 +105,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ProgramError: the file is missing, torn, or no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ProgramError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ProgramError(f"{path} is damaged: {error}") from error
-    aliases = _read_header(path, metadata.pop("aliases", "{}"))
-    for name, original in aliases.items():
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, original in _aliases(path, metadata.pop("aliases", "{}")).items():
         if original not in tensors:
             raise ProgramError(
                 f"{path} is damaged: {name!r} stands for {original!r}, which is not there"
@@ -126,7 +124,7 @@ def load_some(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         ProgramError: the file is missing, torn, or no safetensors file.
     """
     with _opened(path) as file:
-        aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
+        aliases = _aliases(path, (file.metadata() or {}).get("aliases", "{}"))
         stored = set(file.keys())
         places = {name: aliases.get(name, name) for name in names}
         return {name: file.get_tensor(place) for name, place in places.items() if place in stored}
@@ -140,7 +138,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise ProgramError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: sizes of more than 63 bits
         raise ProgramError(f"{path} is damaged: {error}") from error
 
 
@@ -151,7 +149,7 @@ def read_names(path: Path) -> set[str]:
         ProgramError: the file is missing, torn, or no safetensors file.
     """
     with _opened(path) as file:
-        aliases = _read_header(path, (file.metadata() or {}).get("aliases", "{}"))
+        aliases = _aliases(path, (file.metadata() or {}).get("aliases", "{}"))
         return {*file.keys(), *aliases}
 
 
@@ -171,9 +169,20 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_header(path: Path, text: str) -> dict[str, Any]:
     """The JSON object in a file's header."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
         raise ProgramError(f"{path} is damaged: its header holds {text[:40]!r}") from error
+    return value
+
+
+def _aliases(path: Path, text: str) -> dict[str, str]:
+    """The other names of tensors."""
+    found = _read_header(path, text)
+    if not all(isinstance(original, str) for original in found.values()):
+        raise ProgramError(f"{path} is damaged: its header holds {text[:40]!r}")
+    return found
 
 
 def save_stage(
@@ -251,8 +260,9 @@ def read_manifest(directory: Path, num_stages: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         names = [_file_name(stage) for stage in range(num_stages)]
         hashes = [manifest["files"][name] for name in names]
-        int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if type(manifest["step"]) is not int or not 0 <= manifest["step"] < _MOST_STEPS:
+            raise ValueError("step")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProgramError(f"{path} is damaged; remove {directory} to resume earlier") from error
     for name, expected in zip(names, hashes, strict=True):
         file = directory / name

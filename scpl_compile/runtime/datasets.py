@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scpl_compile.errors import DataError
 from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
-from scpl_compile.runtime.arrays import Inputs, callable_splits, npz_splits, reading
+from scpl_compile.runtime.arrays import Inputs, callable_splits, check_size, npz_splits, reading
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
 from scpl_compile.runtime.text import csv_splits
 
@@ -126,12 +126,11 @@ def _read_idx(folder: Path, name: str, ndim: int) -> Tensor:
             "folder: fashion-mnist:DIR"
         )
     with reading(path):
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        shape = struct.unpack_from(f">{ndim}I", content, 4)
-        values = bytearray(content[4 + 4 * ndim :])
-        if content[:4] != bytes([0, 0, 8, ndim]) or len(values) != math.prod(shape):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            magic, *shape = struct.unpack(f">4s{ndim}I", file.read(4 + 4 * ndim))
+            check_size(path, math.prod(shape))
+            values = bytearray(file.read(math.prod(shape) + 1))  # one more must not be there
+        if magic != bytes([0, 0, 8, ndim]) or not 0 < math.prod(shape) == len(values):
             raise ValueError(f"not a whole idx file of {ndim} dimensions")
     return torch.frombuffer(values, dtype=torch.uint8).view(shape)
 

@@ -96,9 +96,18 @@ class Meeting:
         self.store.set(f"fact/{key}", json.dumps(value))
 
     def find(self, key: str) -> Any:
-        """The value that a rank has posted under `key`; None where there is none yet."""
+        """The value that a rank has posted under `key`; None where there is none yet.
+
+        Raises:
+            TrainingError: it is no JSON, so no rank of ours posted it.
+        """
         name = f"fact/{key}"
-        return json.loads(self.store.get(name)) if self.store.check([name]) else None
+        if not self.store.check([name]):
+            return None
+        try:
+            return json.loads(self.store.get(name).decode())
+        except (ValueError, RecursionError) as error:
+            raise _foreign(key) from error
 
     def forget(self, key: str) -> None:
         """Remove what was posted under `key`."""
@@ -129,6 +138,8 @@ class Meeting:
         names = sorted(facts)
         self.post(f"{remedy}/{self.rank}", facts)
         everyone = [self.wait_for(f"{remedy}/{rank}") for rank in range(self.world_size)]
+        if not all(isinstance(theirs, dict) for theirs in everyone):
+            raise _foreign(remedy)
         for rank, theirs in enumerate(everyone):
             for name in sorted(theirs.keys() | set(names) | everyone[0].keys()):
                 if theirs.get(name) != everyone[0].get(name):
@@ -193,10 +204,17 @@ class Meeting:
             dist.destroy_process_group()
 
 
+def _foreign(key: str) -> TrainingError:
+    return TrainingError(
+        f"what is posted as {key!r} is none of this program's facts; see that nothing else uses "
+        "this address and port"
+    )
+
+
 def _end(store: Store, rank: int, world_size: int) -> None:
     """Rank 0 prints the first failure, once; the others wait for that."""
     if rank == 0 and store.add("tellers", 1) == 1:
-        print(f"error: {store.get(_FAILURE).decode()}", file=sys.stderr, flush=True)
+        print(f"error: {store.get(_FAILURE).decode(errors='replace')}", file=sys.stderr, flush=True)
         store.set(_TOLD, "")
     _wait(store, [_TOLD], _PATIENCE_S)
     store.set(f"ended/{rank}", "")

@@ -117,12 +117,20 @@ class StageRandom:
         return {name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(rest)
 
     def load_state(self, tensors: dict[str, Tensor], text: str) -> None:
-        """Continue the stream that `state` described."""
+        """Continue the stream that `state` described; whatever is raised, it was none.
+
+        The generators themselves say so where they are set, but for these two: numpy's would read
+        behind its key, and Python's returns what it is given.
+        """
         rest = json.loads(text)
         position, has_gauss = rest["numpy"]
         key = tensors["numpy"].numpy().astype(np.uint32)
         version, gauss = rest["python"]
-        self._state |= {
+        if type(position) is not int or not 0 <= position <= len(key):
+            raise ValueError(f"numpy's position is {position!r}")
+        if gauss is not None and type(gauss) is not float:
+            raise ValueError(f"Python's next number is {gauss!r}")
+        state: dict[str, Any] = {
             "torch": tensors["torch"],
             "numpy": {
                 "bit_generator": "MT19937",
@@ -132,5 +140,9 @@ class StageRandom:
             },
             "python": (version, tuple(tensors["python"].tolist()), gauss),
         }
+        torch.Generator().set_state(state["torch"])
+        np.random.RandomState().set_state(state["numpy"])
+        random.Random().setstate(state["python"])
+        self._state |= state
         if "cuda" in tensors and self.device.type == "cuda":
             self._state["cuda"] = tensors["cuda"]

@@ -188,7 +188,7 @@ class Run:
         writer = summary_writer() if options.tensorboard else None
         self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
         for row in self._files.begin(trainer.num_steps, versions()):
-            if "losses" in row:
+            if "losses" in row and row["stage"] < len(self._recent):
                 self._recent[row["stage"]].append(row["losses"])
             elif "epoch" in row:
                 self._validated.add(row["step"])
@@ -381,6 +381,7 @@ class Run:
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    if not rows:
-        return {}
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Of the losses that the last row has; rows read from a file may have others."""
+    names = rows[-1] if rows else {}
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -79,6 +79,7 @@ class RunDirectory:
 
     def _open(self, *, may_start_again: bool) -> None:
         """Find where to go on."""
+        self._check_contents()
         self.resume_from = checkpoint.latest(self.path)
         result = self.path / "result.json"
         is_finished = result.is_file() and self.final.is_file()
@@ -92,10 +93,19 @@ class RunDirectory:
         self._compare_options()
         if is_finished:
             self.result = _read_object(result)
-            told = (self.result.get(name) for name in ("accuracy", "steps"))
-            rate = self.result.get("samples_per_second")
-            if not all(isinstance(number, (int, float)) for number in (*told, rate or 0)):
+            told = [self.result.get(name) for name in ("accuracy", "steps")]
+            if (rate := self.result.get("samples_per_second")) is not None:
+                told.append(rate)
+            if not all(_is_number(value) for value in told):
                 raise ProgramError(f"{result} is damaged; start again with --force")
+
+    def _check_contents(self) -> None:
+        """Files and directories alone: through a link, a run from elsewhere would be written to
+        another place, and a pipe would be waited for.
+        """
+        for item in self.path.rglob("*"):
+            if item.is_symlink() or not (item.is_file() or item.is_dir()):
+                raise ProgramError(f"{item} is no file of a run; replace it by the file itself")
 
     def _compare_options(self) -> None:
         path = self.path / "run.json"
@@ -148,7 +158,7 @@ class RunDirectory:
             metrics = self.path / "metrics.jsonl"
             if not metrics.exists():
                 return []
-            rows = _rows_before(num_steps, metrics.read_text("utf-8"))
+            rows = _rows_before(num_steps, metrics.read_text("utf-8", errors="replace"))
             temporary = self.path / ".metrics.jsonl.part"
             temporary.write_text(_lines(rows), "utf-8")
             os.replace(temporary, metrics)
@@ -211,9 +221,10 @@ def trained_steps(weights: Path, plan_digest: str) -> int | None:
     """
     try:
         facts = json.loads(checkpoint.read_metadata(weights).get("run", ""))
-        return int(facts["steps"]) if facts["plan"] == plan_digest else None
-    except (ValueError, KeyError, TypeError):
+        steps, plan = facts["steps"], facts["plan"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return steps if plan == plan_digest and type(steps) is int and 0 <= steps <= 2**53 else None
 
 
 def trained_in(weights: Path, plan_digest: str) -> dict[str, Any]:
@@ -254,8 +265,23 @@ def _rows_before(num_steps: int, metrics: str) -> list[dict[str, Any]]:
     for line in metrics.splitlines():
         try:
             row = json.loads(line)
-            if row["step"] < num_steps:
+            if _is_row(row) and row["step"] < num_steps:
                 kept.append(row)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             continue
     return kept
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has what a run that goes on looks at."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return False
+    stage, losses = row.get("stage"), row.get("losses", {})
+    return ("losses" not in row or (type(stage) is int and stage >= 0)) and (
+        isinstance(losses, dict) and all(type(value) is float for value in losses.values())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be printed as a number; Python's integers have no end."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)

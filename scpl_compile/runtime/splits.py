@@ -24,6 +24,8 @@ _STATISTICS_IMAGES = 1000
 """Images on disk that are decoded for mean and std; of images in memory all are read."""
 
 _AT_A_TIME = 2**20  # pixels
+_MOST_PIXELS = 8 * 1032
+"""Of a byte of a PNG file: deflate makes 1032 bytes of it, with 8 pixels each; JPEG has fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +67,16 @@ class LazyImages:
 def _decode(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     channels, height, width = size
     try:
-        with Image.open(path) as image:
+        # Of these formats alone: Pillow knows some that other programs decode, as PostScript.
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            num_pixels = image.width * image.height
+            if num_pixels > _MOST_PIXELS * path.stat().st_size:
+                raise ValueError(f"{num_pixels} pixels cannot be in a file of its size")
             pixels = image.convert("L" if channels == 1 else "RGB").resize(
                 (width, height), Image.Resampling.BILINEAR
             )
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Of a file that somebody made up, Pillow raises all there is, even MemoryError.
         raise DataError(f"{path} is damaged or no image: {error}") from error
     return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.errors import MethodError, TrainingError, context
+from scpl_compile.errors import MethodError, ProgramError, ScplError, TrainingError, context
 from scpl_compile.runtime.activity import Activity
 from scpl_compile.runtime.descent import Descent
 from scpl_compile.runtime.lane import Lane, Mark
@@ -259,7 +259,19 @@ class StageStep:
 
         Raises:
             TrainingError: the tensors are not those of this stage, or of another optimizer.
+            ProgramError: they are none that `state` gave.
         """
+        try:
+            self._load(tensors, values)
+        except (ScplError, MemoryError):
+            raise
+        except Exception as error:  # somebody made the file up: torch and numpy raise all there is
+            raise ProgramError(
+                f"stage {self.index}: the checkpoint is damaged ({type(error).__name__}: {error}); "
+                "remove it to resume earlier"
+            ) from error
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         own = dict(_all_state(self.module))
         stored = {
             n.removeprefix("module."): v for n, v in tensors.items() if n.startswith("module.")
@@ -271,10 +283,11 @@ class StageStep:
             )
         with torch.no_grad(), self.lane.scope():
             for name, value in stored.items():
-                if own[name].shape != value.shape:
+                if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
                     raise TrainingError(
-                        f"stage {self.index}: {name!r} is {tuple(value.shape)} in the checkpoint "
-                        f"and {tuple(own[name].shape)} in the stage"
+                        f"stage {self.index}: {name!r} is {tuple(value.shape)} {value.dtype} in "
+                        f"the checkpoint and {tuple(own[name].shape)} {own[name].dtype} in the "
+                        "stage"
                     )
                 own[name].copy_(like(value, own[name]))
             with context(f"stage {self.index}"):

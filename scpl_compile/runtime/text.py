@@ -27,6 +27,7 @@ from scpl_compile.runtime.splits import Split, Splits, make_splits, stratified
 __all__ = ["csv_splits", "words_of"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_COLUMNS = ("text", "label", "split")
 _PARTS = ("train", "validation", "test")
 _SHARES = (0.1, 0.2)  # of validation and test, where the file names no splits
 _OTHER, _FIRST_WORD = 1, 2
@@ -125,12 +126,12 @@ def _read(path: Path, *, is_multi: bool) -> list[_Row]:
     Lines are counted by the reader: blank ones are no rows, and a quoted text may have several.
     """
     with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
-            columns = reader.fieldnames or ()
-            rows = [(reader.line_num, row) for row in reader]
+            lines = [(reader.line_num, row) for row in reader if row]
         except csv.Error as error:
-            raise ValueError(f"line {reader.reader.line_num}: {error}") from error
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+    (_, columns), *rows = lines or [(0, [])]
     if missing := {"text", "label"} - set(columns):
         raise DataError(
             f"{path} has no column {min(missing)!r}; its columns: {', '.join(columns) or 'none'}"
@@ -139,28 +140,30 @@ def _read(path: Path, *, is_multi: bool) -> list[_Row]:
         raise DataError(f"{path} has two columns of one name; its columns: {', '.join(columns)}")
     if not rows:
         raise DataError(f"{path} has no rows")
-    return [_row(path, line, row, "split" in columns, is_multi) for line, row in rows]
+    places = [columns.index(name) if name in columns else None for name in _COLUMNS]
+    found = []
+    for line, row in rows:
+        if len(row) > len(columns):
+            raise DataError(
+                f"{path}, line {line} has more columns than the first line; quote a text that has "
+                "commas"
+            )
+        # A row that is shorter than the first one stays so in memory: it has nothing there.
+        cells = [row[i] if i is not None and i < len(row) else None for i in places]
+        found.append(_row(path, line, cells, "split" in columns, is_multi))
+    return found
 
 
 def _row(
-    path: Path,
-    line: int,
-    row: Mapping[str | None, str | None],
-    has_parts: bool,
-    is_multi: bool,
+    path: Path, line: int, cells: Sequence[str | None], has_parts: bool, is_multi: bool
 ) -> _Row:
-    text, label, part = row["text"], row["label"], row.get("split") or ""
-    if None in row:
-        raise DataError(
-            f"{path}, line {line} has more columns than the first line; quote a text that has "
-            "commas"
-        )
+    text, label, part = cells
     if not text or label is None or not (is_multi or label.strip()):
         raise DataError(f"{path}, line {line}: a text and a label are needed")
     if has_parts and part not in _PARTS:
         raise DataError(f"{path}, line {line}: split {part!r} is not {', '.join(_PARTS)}")
     labels = _several(label) if is_multi else (label.strip(),)
-    return _Row(line=line, text=text, labels=labels, part=part)
+    return _Row(line=line, text=text, labels=labels, part=part or "")
 
 
 def _check_trained(path: Path, given: Sequence[_Row]) -> None:

@@ -360,11 +360,7 @@ class Trainer:
         self._saver.save(self._engine, run, known, before_complete)
 
     def wait_saved(self) -> None:
-        """Wait until the last checkpoint is complete.
-
-        Raises:
-            TrainingError: it could not be written.
-        """
+        """Wait until the last checkpoint is complete. Raises TrainingError where it failed."""
         if self._saver.is_pending:
             self.drain()
             self._saver.join(self._engine)

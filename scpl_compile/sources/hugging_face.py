@@ -111,7 +111,7 @@ def _stored(name: str, configs: Mapping[str, Any]) -> _Stored:
     file = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"hf:{name}: {file} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise SourceError(

@@ -134,6 +134,12 @@ def test_a_train_py_that_was_changed_is_named(target: Path) -> None:
         check_target(target, force=False)
 
 
+def test_a_plan_that_cannot_be_read_counts_as_changed(target: Path) -> None:
+    (target / "plan.json").write_text("[" * 10**5)
+    with pytest.raises(EmitError, match=r"program exists \(its train\.py was changed by hand\)"):
+        check_target(target, force=False)
+
+
 def test_a_file_is_refused_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for force in (False, True):

@@ -189,13 +189,30 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
         ('{"y": "z"}', "'y' stands for 'z', which is not there"),
         ('{"y', "its header holds"),
         ("3", "its header holds"),
+        ('[["y", "x"]]', "its header holds"),
+        ('{"y": ["x"]}', "its header holds"),
+        ('{"y": null}', "its header holds"),
+        ("[" * 10**5, "its header holds"),
     ],
 )
 def test_a_damaged_header_is_refused(tmp_path: Path, aliases: str, message: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(2)}, path, metadata={"aliases": aliases})
-    with pytest.raises(ProgramError, match=message):
-        load_tensors(path)
+    for read in (load_tensors, lambda path: load_some(path, ["y"]), read_names):
+        if "stands for" not in message or read is load_tensors:
+            with pytest.raises(ProgramError, match=message):
+                read(path)
+
+
+def test_a_size_that_torch_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for size in (2**63, 2**64 - 1):
+        place = {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}
+        header = json.dumps({"x": place}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        for read in (load_tensors, lambda path: load_some(path, ["x"])):
+            with pytest.raises(ProgramError, match="x.safetensors is damaged: "):
+                read(path)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -283,6 +300,13 @@ def test_a_damaged_stage_is_named(tmp_path: Path, stage: int, how: str) -> None:
         '{"step": null, "files": {"stage-0.safetensors": "x", "stage-1.safetensors": "y"}}',
         '{"step": "x", "files": {"stage-0.safetensors": "x", "stage-1.safetensors": "y"}}',
         '{"step": 2, "files": {"../stage-0.safetensors": "x", "stage-1.safetensors": "y"}}',
+        *(
+            '{"files": {"stage-0.safetensors": "x", "stage-1.safetensors": "y"}, "step": '
+            + step
+            + "}"
+            for step in ("-1", "1e400", "2.0", "true", "9" * 30, "NaN")
+        ),
+        "[" * 10**5,
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:

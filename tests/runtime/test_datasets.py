@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,18 @@ def test_a_torn_or_foreign_idx_file_is_named(fashion):
             open_splits(f"fashion-mnist:{fashion}")
 
 
+def test_an_idx_file_that_claims_more_than_it_holds_takes_no_memory(fashion):
+    images = next(fashion.glob("train-images*"))
+    for shape in ((2**31, 1, 1), (2**32 - 1,) * 3, (0, 4, 5), (2**20, 1, 1)):
+        content = struct.pack(">4B3I", 0, 0, 8, 3, *shape) + bytes(9)
+        images.write_bytes(gzip.compress(content) if images.suffix == ".gz" else content)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=f"{images.name} is damaged"):
+            open_splits(f"fashion-mnist:{fashion}")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+
+
 def test_images_and_labels_of_different_number_are_refused(fashion):
     labels = np.zeros(3, dtype=np.uint8)
     for path in fashion.glob("train-labels*"):
@@ -196,6 +210,26 @@ def test_a_damaged_test_image_is_found_when_it_is_read(folder):
     splits = open_splits(f"imagefolder:{folder}", inputs=IMAGE)
     with pytest.raises(DataError, match=r"test/cat/0.JPG is damaged"):
         splits.test.inputs[0][torch.arange(4)]
+
+
+def test_an_image_that_claims_more_pixels_than_it_holds_is_refused(folder):
+    path = folder / "test" / "cat" / "1.png"
+    whole = path.read_bytes()
+    head = b"IHDR" + struct.pack(">II", 9000, 9000) + whole[24:29]
+    path.write_bytes(whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:])
+    test = open_splits(f"imagefolder:{folder}", inputs=IMAGE).test
+    with pytest.raises(DataError, match="1.png is damaged .*81000000 pixels cannot be in a file"):
+        test.inputs[0][torch.arange(4)]
+
+
+def test_only_the_formats_that_are_named_are_decoded(folder):
+    """Pillow would hand PostScript to another program."""
+    path = folder / "test" / "cat" / "1.png"
+    test = open_splits(f"imagefolder:{folder}", inputs=IMAGE).test
+    for kind in ("EPS", "GIF", "BMP"):
+        Image.new("RGB", (5, 5)).save(path, kind)
+        with pytest.raises(DataError, match="1.png is damaged or no image"):
+            test.inputs[0][torch.arange(4)]
 
 
 def test_image_folders_that_do_not_fit(folder, tmp_path):

@@ -49,6 +49,21 @@ def together(count: int, work: Callable[[Meeting], Any]) -> list[Any]:
         return list(ranks.map(attempt, meetings(count)))
 
 
+@pytest.mark.parametrize("text", ["{", b"\xff", "[" * 10**5])
+def test_what_is_no_fact_is_told(text: str | bytes) -> None:
+    one, _ = meetings(2)
+    one.store.set("fact/a", text)
+    with pytest.raises(TrainingError, match="what is posted as 'a' is none of this program's"):
+        one.find("a")
+
+
+def test_facts_that_are_no_object_are_told() -> None:
+    one, other = meetings(2)
+    other.post("start alike/1", ["--lr"])
+    with pytest.raises(TrainingError, match="posted as 'start alike' is none of this program's"):
+        one.agree({"--lr": 1}, "start alike")
+
+
 def test_a_fact_is_found_by_every_rank_until_it_is_forgotten() -> None:
     one, other = meetings(2)
     assert other.find("a") is None

@@ -154,6 +154,29 @@ def test_a_state_from_a_gpu_loads_on_cpu() -> None:
     assert draw(streams, ["torch.rand"]) == draw(StageRandom(1, CPU), ["torch.rand"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("numpy", [625, 0]),  # numpy would read behind its key
+        ("numpy", [-1, 0]),
+        ("numpy", ["0", 0]),
+        ("numpy", None),
+        ("python", [9, None]),
+        ("python", [3, "x"]),
+        ("numpy_gauss", "x"),
+    ],
+)
+def test_a_state_that_is_none_is_refused_before_it_is_drawn_from(name: str, value: object) -> None:
+    streams = StageRandom(1, CPU)
+    tensors, text = StageRandom(2, CPU).state()
+    with pytest.raises((TypeError, ValueError)):
+        streams.load_state(tensors, json.dumps({**json.loads(text), name: value}))
+    for key, tensor in tensors.items():
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            streams.load_state({**tensors, key: tensor[:-1]}, text)
+    assert draw(streams, ["torch.rand"]) == draw(StageRandom(1, CPU), ["torch.rand"])
+
+
 # ---------------------------------------------------------------------- seeds
 
 

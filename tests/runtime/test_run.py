@@ -25,7 +25,7 @@ from scpl_compile.runtime.launch import launch, versions
 from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.program import load_stages, read_plan
-from scpl_compile.runtime.run import Run
+from scpl_compile.runtime.run import Run, _mean
 from scpl_compile.runtime.run_lock import RunLock
 from scpl_compile.runtime.scalars import tagged
 
@@ -408,3 +408,8 @@ def test_of_several_labels_the_exact_matches_are_told_too() -> None:
 
 def test_versions_name_what_a_result_depends_on() -> None:
     assert versions()["torch"] == str(torch.__version__)
+
+
+def test_a_mean_is_of_the_losses_that_the_last_row_has() -> None:
+    assert _mean([]) == {}
+    assert _mean([{"foreign": 9.0}, {"a": 1.0}, {"a": 3.0, "b": 5.0}]) == {"a": 2.0, "b": 5.0}

@@ -1,6 +1,7 @@
 """The files of a run: what is kept, what is refused, what says that a run is finished."""
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path)
     assert RunDirectory(tmp_path / "run", "digest", options(force=True)).result is None
     with pytest.raises(ProgramError, match="is a run of another plan"):
         RunDirectory(tmp_path / "run", "other", options(resume=True))
-    for text in ("{", "{}", '{"accuracy": "0.5", "steps": 7}'):
+    whole = '{"accuracy": 0.5, "steps": 7, "samples_per_second": '
+    for text in (
+        "{", "{}", '{"accuracy": "0.5", "steps": 7}', f'{{"accuracy": {"9" * 400}, "steps": 7}}',
+        whole + '""}', whole + "[]}", whole + "true}", "[" * 10**5,
+    ):  # fmt: skip
         (tmp_path / "run" / "result.json").write_text(text)
         with pytest.raises(ProgramError, match=r"result\.json is damaged.*--force"):
             RunDirectory(tmp_path / "run", "digest", options(resume=True))
@@ -78,8 +83,45 @@ def test_weights_know_the_steps_of_their_own_plans_run(tmp_path: Path) -> None:
     first = run.final.read_bytes()
     run.save_final({"w": torch.ones(2)}, 7)
     assert run.final.read_bytes() == first
-    for metadata in ({}, {"plan": "digest"}, {"run": "3"}, {"run": "{}"}, {"run": "{"}):
+    of_steps = [{"run": f'{{"plan": "digest", "steps": {n}}}'} for n in ("1e999", "-1", '"7"')]
+    for metadata in (
+        {}, {"plan": "digest"}, {"run": "3"}, {"run": "{}"}, {"run": "{"}, {"run": "[" * 10**5},
+        *of_steps,
+    ):  # fmt: skip
         checkpoint.save_tensors(tmp_path / "x", {"w": torch.ones(1)}, metadata)
         assert trained_steps(tmp_path / "x", "digest") is None
     with pytest.raises(ProgramError, match="none is damaged"):
         trained_steps(tmp_path / "none", "digest")
+
+
+def test_rows_that_a_run_cannot_have_written_are_dropped(tmp_path: Path) -> None:
+    good = {"step": 0, "stage": 0, "losses": {"a": 1.0}}
+    bad: list[Any] = [
+        {**good, **change}
+        for change in (
+            {"step": "0"}, {"step": -1}, {"step": True}, {"step": None}, {"stage": -1},
+            {"stage": "0"}, {"losses": 3}, {"losses": {"a": "1"}}, {"losses": {"a": 10**400}},
+        )
+    ]  # fmt: skip
+    lines = [*map(json.dumps, [*bad, good]), "[" * 10**5, '{"step": 0, "losses": {"a": 1.0}}']
+    run = finished(tmp_path / "run")
+    run.resume_from = tmp_path
+    (run.path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    assert run.begin(9, {}) == [good]
+    assert (run.path / "metrics.jsonl").read_text() == json.dumps(good) + "\n"
+
+
+@pytest.mark.parametrize("name", ["run.json", ".run.json.part", "metrics.jsonl", "step-00000009"])
+def test_a_run_with_links_or_pipes_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
+    """Going on would write through the link, or wait for the pipe."""
+    run = finished(tmp_path / "run")
+    (tmp_path / "outside").mkdir()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ProgramError, match=f"{name} is no file of a run"):
+        RunDirectory(run.path, "digest", options(resume=True))
+    (run.path / name).unlink()
+    os.mkfifo(run.path / name)
+    with pytest.raises(ProgramError, match=f"{name} is no file of a run"):
+        RunDirectory(run.path, "digest", options(resume=True))
+    assert list((tmp_path / "outside").iterdir()) == []

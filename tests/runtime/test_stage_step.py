@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scpl_compile.errors import TrainingError
+from scpl_compile.errors import ProgramError, TrainingError
 from scpl_compile.runtime.optim import make_optimizer, optimizer_names
 from scpl_compile.runtime.randomness import seeded
 from stage_nets import (
@@ -250,6 +250,32 @@ def test_a_state_is_contiguous_and_loads_into_another_memory_format() -> None:
     assert differences(state_of([one]), state_of([two])) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("random", None),
+        ("random", "[]"),
+        ("random", "[" * 10**5),
+        ("optimizer.0", 1),
+        ("optimizer.99.step", 1),
+        ("optimizer.x.step", 1),
+    ],
+)
+def test_values_that_no_stage_has_are_a_damaged_checkpoint(name: str, value: object) -> None:
+    stage = stage_steps(1)[0]
+    tensors, values = stage.state()
+    with pytest.raises(ProgramError, match="stage 0: the checkpoint is damaged .*remove it"):
+        stage.load_state(tensors, {**values, name: value})
+
+
+def test_tensors_of_another_dtype_are_refused() -> None:
+    stage = stage_steps(1)[0]
+    tensors, values = stage.state()
+    name = next(name for name in tensors if name.startswith("module."))
+    with pytest.raises(TrainingError, match="float64 in the checkpoint and .*float32 in the stage"):
+        stage.load_state({**tensors, name: tensors[name].double()}, values)
+
+
 WITHOUT_DENSE = {"sparseadam", "muon"}  # take sparse gradients or matrices only
 
 
@@ -291,7 +317,7 @@ def test_the_state_of_another_stage_is_refused() -> None:
     tensors, values = second.state()
     wider = {**tensors, "module.out.weight": torch.zeros(NUM_CLASSES + 1, WIDTH)}
     with pytest.raises(
-        TrainingError, match=r"'out.weight' is \(5, 8\) in the checkpoint and \(4, "
+        TrainingError, match=r"'out.weight' is \(5, 8\) torch.float32 in the checkpoint and \(4, "
     ):
         second.load_state(wider, values)
 

@@ -1,5 +1,6 @@
 """Texts with labels from a CSV file become token numbers; the test texts teach nothing."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,14 @@ def test_several_labels_stand_with_semicolons_between_them(tmp_path: Path) -> No
     (tmp_path / "data.csv").write_text("text,label\na,\nb,;\n")
     with pytest.raises(DataError, match="has no label; a classifier needs two"):
         open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs, task="multi-label")
+
+
+def test_rows_shorter_than_a_wide_first_one_take_no_more_memory(tmp_path: Path) -> None:
+    """A small file, but 25 million cells."""
+    columns = "".join(f",c{i}" for i in range(5000))
+    text = f"text,label{columns}\n" + "word,a\nother,b\n" * 2500
+    tracemalloc.start()
+    found = opened(tmp_path, text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.train) == 3500 and peak < 30e6

@@ -227,6 +227,7 @@ def test_a_nested_configuration_is_kept(tmp_path):
     ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
+        ("[" * 10**5, "cannot be read as JSON"),
         ("[]", "has no model_type; name the config.json of a model"),
         ("{}", "has no model_type"),
         ('{"model_type": "my_own"}', "model_type 'my_own' is none of transformers 5.* file.py:bu"),
