@@ -1,4 +1,4 @@
-"""Accuracy on Fashion-MNIST: `python benchmarks/accuracy/main.py [--study] [--seed S ...]`.
+"""Accuracy on Fashion-MNIST: `python benchmarks/accuracy/study.py [--study] [--seed S ...]`.
 
 The small VGG-style net (benchmarks.models:paper_net) in the four stages of its four parts, Adam
 1e-3 with a cosine to 1e-5, 2 epochs, no augmentation.

@@ -156,23 +156,6 @@ class Meeting:
 
     # ------------------------------------------------------------------ the end
 
-    def furthest(self, step: int) -> int:
-        """The last step that any rank has submitted, when all were told to end.
-
-        Raises:
-            TrainingError: another rank was not told.
-        """
-        self.post(f"ending/{self.rank}", step)
-        names = [f"fact/ending/{rank}" for rank in range(self.world_size)]
-        _wait(self.store, names, _PATIENCE_S / 2)
-        steps = [self.find(f"ending/{rank}") for rank in range(self.world_size)]
-        if None in steps:
-            raise TrainingError(
-                f"rank {self.rank} was ended by SIGTERM, rank {steps.index(None)} was not; the "
-                "newest checkpoint is that of --save-every, and --resume goes on from it"
-            )
-        return max(int(step) for step in steps)
-
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told."""
         text = f"{error}" if isinstance(error, ScplError) else f"{type(error).__name__}: {error}"

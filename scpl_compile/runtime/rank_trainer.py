@@ -156,10 +156,6 @@ class RankTrainer(Trainer):
 
     # ------------------------------------------------------------------ training
 
-    def finish_own(self) -> None:
-        """Run the batch that waits here; the other ranks may still be at work."""
-        self._rank_engine.finish()
-
     def drain(self) -> None:
         """Wait until every rank has finished every submitted step, and has told its losses."""
         self._rank_engine.finish()

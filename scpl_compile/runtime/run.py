@@ -239,7 +239,7 @@ class Run:
             # A checkpoint's steps are all in metrics.jsonl, or a run that is killed and resumed
             # would lack some.
             self._trainer.save(self.directory, before_complete=self._write_losses)
-        if self._termination.is_due(self._trainer, self._ranks):
+        if self._termination.is_due(self._trainer.num_steps, self._ranks):
             self._end_early()
 
     def _end_early(self) -> None:

@@ -258,9 +258,6 @@ class Trainer:
         """For every stage how it spent its time since the last call."""
         return [stage.activity.take() for stage in self._stages]
 
-    def finish_own(self) -> None:
-        """Run what waits in this process for the next step; here nothing does."""
-
     def drain(self) -> None:
         """Wait until every stage has finished every submitted step."""
         self._engine.drain()
