@@ -131,11 +131,17 @@ def _curve(figures: Figures, task: str, k: int, name: str) -> list[float]:
     return means
 
 
+def _trained(figures: Figures) -> list[str]:
+    """The tasks of which there are rows."""
+    return [task for task in TASKS if any(_curve(figures, task, 2, name) for name in METHODS)]
+
+
 def _curves(figures: Figures, path: Path) -> None:
     """Validation accuracy by epoch: a row per model, a column per K."""
-    figure, axes = plt.subplots(len(TASKS), 2, figsize=(10, 3.2 * len(TASKS)), sharex="row",
-                                sharey="row", layout="constrained")  # fmt: skip
-    for line, task in zip(axes, TASKS, strict=True):
+    tasks = _trained(figures)
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.2 * len(tasks)), sharex="row",
+                                sharey="row", layout="constrained", squeeze=False)  # fmt: skip
+    for line, task in zip(axes, tasks, strict=True):
         for axis, k in zip(line, (2, 4), strict=True):
             for name in METHODS:
                 if curve := _curve(figures, task, k, name):
@@ -149,8 +155,11 @@ def _curves(figures: Figures, path: Path) -> None:
 
 def _wall_clock(figures: Figures, path: Path) -> None:
     """Validation accuracy by time on two cores: epochs times the measured time of a step."""
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(4.2 * len(TASKS), 4), layout="constrained")
-    for axis, task in zip(axes, TASKS, strict=True):
+    tasks = _trained(figures)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.8 * len(tasks), 4), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
         for name in METHODS:
             curve = _curve(figures, task, 2, name)
             shares = figures.get(task, 2, "equal epochs", name, "step time over bp's")
@@ -163,7 +172,7 @@ def _wall_clock(figures: Figures, path: Path) -> None:
             ylabel="validation accuracy, %",
         )
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -248,6 +257,8 @@ def _exit_curves(figures: Figures, path: Path) -> None:
 
 def _answers(figures: Figures, path: Path) -> None:
     """What reviewers asked, on resnet18: how many losses, which batch, what two views cost."""
+    if not figures.get("resnet18", 2, "equal epochs", "scpl, batch 32", _TEST):
+        return
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     test = partial(figures.get, "resnet18", budget="equal epochs", metric=_TEST)
     _points(
