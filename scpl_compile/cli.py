@@ -3,7 +3,6 @@ that `scpl --help` answers at once.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -174,10 +173,9 @@ def train(directory: Path, arguments: tuple[str, ...]) -> None:
     Its options follow: scpl train DIRECTORY --epochs 2. DIRECTORY --help lists them. Stages that
     work at the same time get a process each; --engine threads keeps them in one.
     """
-    from scpl_compile.train_command import train_command
+    from scpl_compile.train_command import run_command, train_command
 
-    command = train_command(directory, arguments)
-    sys.exit(subprocess.run(command, check=False).returncode)
+    sys.exit(run_command(train_command(directory, arguments)))
 
 
 @main.command()

@@ -1,6 +1,8 @@
 """The command that runs an emitted train.py: one process, or one per stage where that pays."""
 
 import argparse
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.program import read_plan
 from scpl_compile.runtime.schedules import is_parallel, num_ranks
 
-__all__ = ["train_command"]
+__all__ = ["run_command", "train_command"]
 
 
 def train_command(directory: Path, arguments: Sequence[str]) -> list[str]:
@@ -52,3 +54,13 @@ def _count(plan: Plan, arguments: Sequence[str]) -> int:
     names = split_devices(options.devices, plan.num_stages)
     gpus = {name for name in names if torch.device(name).type == "cuda"}
     return count if not gpus or len(gpus) >= count else 1
+
+
+def run_command(command: Sequence[str]) -> int:
+    """Its exit code. SIGTERM goes on to it, which then ends with a checkpoint (termination.py)."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)

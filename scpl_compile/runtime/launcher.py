@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
                 file=sys.stderr,
             )
         return max(1, failure.exitcode)
+    except SignalException as ended:  # the ranks were told, have ended, and have said so
+        return 128 + int(ended.sigval)
     return 0
 
 

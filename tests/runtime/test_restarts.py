@@ -16,6 +16,7 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.run_directory import RunDirectory
+from scpl_compile.runtime.run_lock import RunLock
 from test_run_directory import options
 
 pytestmark = pytest.mark.timeout(180)
@@ -152,3 +153,21 @@ def test_sigterm_to_one_rank_alone_is_told(program: Path, tmp_path: Path) -> Non
     assert "rank 1 was ended by SIGTERM, rank 0 was not" in told and "--resume" in told
     newest = checkpoint.latest(program / "run")
     assert newest is not None and checkpoint.read_manifest(newest, 2)["step"] % 2 == 0
+
+
+@pytest.mark.parametrize("engine", ["threads", "ranks"])
+def test_scpl_train_hands_sigterm_on(program: Path, engine: str) -> None:
+    """And nothing is left that runs, or holds the run directory."""
+    command = [sys.executable, "-c", "from scpl_compile.cli import main; main()", "train",
+               str(program), *QUICK, "--epochs", "5000", "--engine", engine]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 100
+        while not (program / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.terminate()
+        _, told = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in told, told
+    assert told.count("ended by SIGTERM after step") == 1
+    assert checkpoint.latest(program / "run") is not None
+    RunLock(program / "run").release()
