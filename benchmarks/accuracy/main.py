@@ -85,7 +85,7 @@ def run_all(work: Work, wanted: Iterable[Case], metric: str, workers: int) -> No
     left = [case for case in wanted if (case.name, case.candidate) not in done]
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch in the workers
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {pool.submit(work, case): case for case in left}
         for number, future in enumerate(as_completed(futures), 1):
             rows = future.result()
