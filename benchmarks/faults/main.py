@@ -4,6 +4,7 @@ kills: each of two ranks is killed (SIGKILL) ten times, at random steps, under t
 --max-restarts; the final weights are compared with those of a run that nobody has disturbed.
 cost: a run with a checkpoint every 50 steps beside the same without, in turn.
 soak: --soak MINUTES of streaming, on two ranks and in one process; resident memory and queue fill.
+link: --link cuts the link between two hosts (links/main.py makes them; needs root).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.faults.link import link_rows  # noqa: E402
 from benchmarks.measure import table, write_rows  # noqa: E402
 from scpl_compile import compile_model  # noqa: E402
 from scpl_compile.runtime.checkpoint import load_tensors  # noqa: E402
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two kills, one repeat, no rows")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes, instead of the others")
+    parser.add_argument("--link", action="store_true", help="a cut link, instead of the others")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
@@ -46,6 +49,8 @@ def main() -> None:
         if options.soak:
             rows = [row for engine in ("ranks", "threads")
                     for row in soak(program, engine, 60 * options.soak)]  # fmt: skip
+        elif options.link:
+            rows = link_rows(program, TRAINING)
         else:
             rows = kill_rows(program, 2 if options.quick else KILLS)
             rows += cost_rows(program, 1 if options.quick else 5)

@@ -17,8 +17,8 @@ Options = argparse.Namespace
 """The constants by name (batch_size, lr, …)."""
 
 _LEAST = {"accumulate": 1, "batch_size": 2, "clip_norm": 0, "epochs": 1, "log_every": 1,
-          "microbatches": 1, "save_every": 0, "steps": 0, "threads_per_stage": 1, "warmup": 0,
-          "weight_decay": 0}  # fmt: skip
+          "microbatches": 1, "save_every": 0, "steps": 0, "threads_per_stage": 1, "timeout": 1,
+          "warmup": 0, "weight_decay": 0}  # fmt: skip
 """A batch of one sample has no positive pair, and BatchNorm no variance."""
 
 _CHECKS: Mapping[str, Callable[[str], object]] = {

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from scpl_compile.runtime.evaluation import Evaluation, Tally
 from scpl_compile.runtime.exits import save_exits
 from scpl_compile.runtime.inference import EarlyExits
 from scpl_compile.runtime.lane import Lane
-from scpl_compile.runtime.meeting import telling_lost_ranks
+from scpl_compile.runtime.mail import Letter, Losses, Mail
+from scpl_compile.runtime.meeting import as_posted, telling_lost_ranks
 from scpl_compile.runtime.own_stage import keep_stage
 from scpl_compile.runtime.randomness import StageRandom, spread_seed
 from scpl_compile.runtime.rank_engine import RankEngine
@@ -83,8 +84,7 @@ class RankTrainer(Trainer):
         self._sharded: dict[int, Sharded] = {}
         self._microbatches = (microbatches, batch_size or plan.batch_size)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
-        self._num_sent = 0
-        self._num_received: dict[int, int] = dict.fromkeys(range(1, ranks.num_columns), 0)
+        self._mail = Mail(ranks)
         self._usage = {k: Usage(waiting=0.0, queue_fill=0.0) for k in range(plan.num_stages)}
         self._num_saves = 0
         torch.set_num_threads(options.get("threads_per_stage") or plan.threads_per_stage)
@@ -97,7 +97,7 @@ class RankTrainer(Trainer):
         ranks = self._ranks
         ranks.post(f"device/{ranks.rank}", str(ranks.device))
         row = range(self.plan.num_stages)
-        return tuple(torch.device(ranks.wait_for(f"device/{ranks.rank_of(k)}")) for k in row)
+        return tuple(torch.device(ranks.wait_for(f"device/{ranks.rank_of(k)}", str)) for k in row)
 
     def _make_all(
         self, stages: Sequence[StageClass], lanes: Mapping[int, Lane]
@@ -163,20 +163,22 @@ class RankTrainer(Trainer):
             self.take_losses()
         super().drain()
 
-    def take_losses(self) -> list[list[tuple[int, dict[str, float]]]]:
+    def take_losses(self) -> list[Losses]:
         """As Trainer's, on rank 0: of the other ranks what has arrived; empty elsewhere."""
         ranks = self._ranks
-        everything: list[list[tuple[int, dict[str, float]]]] = [[] for _ in self.plan.stages]
+        everything: list[Losses] = [[] for _ in self.plan.stages]
         with self._mail_lock:
             own = {stage.index: stage.take_losses() for stage in self._stages}
             if ranks.rank == 0:
-                for k, rows in (*own.items(), *self._received()):
+                for k, rows in own.items():
                     everything[k] += rows
+                for letter in self._mail.received():
+                    self._usage |= letter.usage
+                    for k, rows in letter.losses.items():
+                        everything[k] += rows
             elif ranks.replica == 0 and any(own.values()):
-                usage = [(stage.index, asdict(stage.activity.take())) for stage in self._stages]
-                mail = {"losses": list(own.items()), "usage": usage}
-                ranks.post(f"mail/{ranks.rank}/{self._num_sent}", mail)
-                self._num_sent += 1
+                usage = {stage.index: stage.activity.take() for stage in self._stages}
+                self._mail.send(Letter(losses=own, usage=usage))
         return everything
 
     def take_usage(self) -> list[Usage]:
@@ -193,22 +195,13 @@ class RankTrainer(Trainer):
                 rows = [(str(e.action), e.start_ns, e.end_ns) for e in self.events]
                 ranks.post(f"events/{ranks.rank}", rows)
             return self.events
-        rows = [row for r in range(1, ranks.num_columns) for row in ranks.wait_for(f"events/{r}")]
-        others = [Event(Action.parse(action), start, end) for action, start, end in rows]
-        return (*self.events, *others)
+        others = map(self._events_of, range(1, ranks.num_columns))
+        return (*self.events, *chain.from_iterable(others))
 
-    def _received(self) -> Iterator[tuple[int, list[tuple[int, dict[str, float]]]]]:
-        """(stage, rows) of what the other ranks have posted since the last look."""
-        for rank in self._num_received:
-            while True:
-                key = f"mail/{rank}/{self._num_received[rank]}"
-                if (posted := self._ranks.find(key)) is None:
-                    break
-                self._ranks.forget(key)
-                self._num_received[rank] += 1
-                self._usage |= {k: Usage(**usage) for k, usage in posted["usage"]}
-                for k, rows in posted["losses"]:
-                    yield k, [(step, losses) for step, losses in rows]
+    def _events_of(self, rank: int) -> list[Event]:
+        rows = self._ranks.wait_for(key := f"events/{rank}", list)
+        with as_posted(key):
+            return [Event(Action.parse(action), start, end) for action, start, end in rows]
 
     def __exit__(self, *exception: object) -> None:
         """Drains if all went well: another trainer among these ranks would receive what is under
@@ -360,7 +353,7 @@ class RankTrainer(Trainer):
             ranks.post(f"saved/{count}/{ranks.rank}", True)
             return False
         for rank in range(1, ranks.num_columns):
-            ranks.wait_for(f"saved/{count}/{rank}")
+            ranks.wait_for(f"saved/{count}/{rank}", bool)
         return True
 
     def wait_saved(self) -> None:

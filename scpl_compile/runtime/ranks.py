@@ -121,20 +121,22 @@ def join(
     devices: Sequence[str],
     digest: str | Callable[[], str],
     options: Mapping[str, Any] | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Ranks:
     """Connect this process with the other ranks.
 
     columns: for every stage its place in a row of ranks. devices: of the stages, as Trainer takes
     them; "auto" alone stands for the GPU with the local rank, or the CPU. digest: of the program,
     and options: what else must be the same on all. Columns and digest may be what gives them: it is
-    called when the ranks have met, so that all of them hear of an error on one.
+    called when the ranks have met, so that all of them hear of an error on one. timeout_s: how long
+    a rank waits for another one that says nothing.
 
     Raises:
         TrainingError: the ranks do not find each other.
         SystemExit: rank 0 has told why they cannot work together: another number of ranks than the
             stages need; a backend that torch lacks; other programs or options.
     """
-    meeting = meet()
+    meeting = meet(timeout_s)
     try:
         program = digest if isinstance(digest, str) else digest()
         meeting.agree({"program": program[:12]}, "copy the same directory to every host")
@@ -168,6 +170,7 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
         store=meeting.store,
         watch=meeting.watch,
         owns_group=meeting.owns_group,
+        timeout_s=meeting.timeout_s,
         columns=columns,
         device=device,
         mesh=mesh,
@@ -205,7 +208,7 @@ def _init_group(meeting: Meeting, backend: str, device: torch.device) -> None:
             store=PrefixStore("group", meeting.store),
             rank=meeting.rank,
             world_size=meeting.world_size,
-            timeout=timedelta(seconds=TIMEOUT_S),
+            timeout=timedelta(seconds=meeting.timeout_s),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TrainingError(

@@ -18,6 +18,7 @@ from scpl_compile.runtime.evaluation import accuracy_text, evaluation_facts
 from scpl_compile.runtime.growth import first_steps
 from scpl_compile.runtime.lane import split_devices
 from scpl_compile.runtime.launch import versions
+from scpl_compile.runtime.meeting import as_posted
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
 from scpl_compile.runtime.program import read_plan
@@ -95,11 +96,16 @@ class Run:
             return stage_columns(schedule, plan.num_stages)
 
         options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
-        return join(columns, names or ("auto",), lambda: read_plan(directory).digest, options)
+        return join(
+            columns, names or ("auto",), lambda: read_plan(directory).digest, options,
+            timeout_s=given.timeout,
+        )  # fmt: skip
 
     def _open_files(self) -> RunDirectory | Follower:
         if self._ranks is not None and self._ranks.rank != 0:
-            return Follower(**self._ranks.wait_for("run"))
+            told = self._ranks.wait_for("run", dict)
+            with as_posted("run"):
+                return Follower(**told)
         self._lock = RunLock(self.directory)
         files = RunDirectory(self.directory, self.plan.digest, self.options, Attempt.current())
         if self._ranks is not None:

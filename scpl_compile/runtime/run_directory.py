@@ -30,7 +30,7 @@ __all__ = ["Follower", "RunDirectory", "trained_in", "trained_steps"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
              "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate", "amp",
-             "channels_last", "seed", "threads_per_stage")  # fmt: skip
+             "channels_last", "grow", "seed", "threads_per_stage")  # fmt: skip
 """Options that a resumed run must share with the run that it continues."""
 
 
@@ -120,7 +120,7 @@ class RunDirectory:
                 "with --force"
             )
         for name in _COMPARED:
-            if options.get(name) != (given := getattr(self._options, name)):
+            if options.get(name) != (given := getattr(self._options, name, None)):
                 flag = f"--{name.replace('_', '-')}"
                 raise ProgramError(
                     f"{self.path} was begun with {flag} {options.get(name)}, not {given}; resume "

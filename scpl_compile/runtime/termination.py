@@ -59,7 +59,9 @@ class Termination:
             self._asked_at = time.monotonic()
             ranks.post(f"ending/{ranks.rank}", True)
         self._asked_for += 1
-        missing = [rank for rank in range(ranks.world_size) if not ranks.find(f"ending/{rank}")]
+        missing = [
+            rank for rank in range(ranks.world_size) if not ranks.find(f"ending/{rank}", bool)
+        ]
         if ranks.rank == 0 and not missing:
             ranks.post("last step", num_steps + 2)
         is_late = time.monotonic() > self._asked_at + _PATIENCE_S and self._asked_for > _PATIENCE
@@ -68,8 +70,7 @@ class Termination:
                 f"rank {ranks.rank} was ended by SIGTERM, rank {missing[0]} was not; the newest "
                 "checkpoint is that of --save-every, and --resume goes on from it"
             )
-        last: int | None = ranks.find("last step")
-        return last
+        return ranks.find("last step", int)
 
     def restore(self) -> None:
         """Let SIGTERM do again what it did before."""

@@ -374,10 +374,11 @@ class Trainer:
                 f"{directory} belongs to another plan ({str(manifest.get('plan'))[:12]}, not "
                 f"{self.plan.digest[:12]}); resume with the program that wrote it"
             )
+        states = [checkpoint.load_stage(directory, stage.index) for stage in self._stages]
         self.drain()
         self._engine.close()
-        for stage in self._stages:
-            stage.load_state(*checkpoint.load_stage(directory, stage.index))
+        for stage, state in zip(self._stages, states, strict=True):
+            stage.load_state(*state)
         self._engine = self._start_engine(int(manifest["step"]))
 
     def close(self) -> None:

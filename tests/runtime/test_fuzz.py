@@ -24,7 +24,6 @@ from ir_values import a_plan
 from scpl_compile.errors import ScplError
 from scpl_compile.ir import Plan, first_and_last, from_json, to_json
 from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime import meeting as meeting_module
 from scpl_compile.runtime.meeting import Meeting
 from scpl_compile.runtime.program import (
     Verification,
@@ -268,9 +267,7 @@ def used(row: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- ranks
 
 
-def test_what_ranks_post(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A null is waited for as a fact that is not there."""
-    monkeypatch.setattr(meeting_module, "TIMEOUT_S", 0.0)
+def test_what_ranks_post(folder: Path) -> None:
     store = HashStore()
     meeting = Meeting(rank=0, world_size=2, store=store, watch=None, owns_group=False)  # type: ignore[arg-type]
     facts = {"--lr": 0.1, "--data": "digits", "program": "0f"}

@@ -200,6 +200,17 @@ def test_the_program_grows_by_epochs(program: Path, train: Callable[..., Any]) -
     assert [one.code for one in ended] == [0, 0], ended
     assert same_bits(program / "run", program / "whole")
     assert loss_rows(program / "run") == rows
+    ended = train_ranks(program, *options, "--run-dir", "replicas", num_ranks=4)
+    assert [one.code for one in ended] == [0] * 4, ended
+    assert loss_rows(program / "replicas").keys() == rows.keys()
+
+
+def test_a_run_that_grows_goes_on_as_it_was_begun(program: Path, train: Callable[..., Any]) -> None:
+    options = (*QUICK, "--epochs", 3, "--save-every", 4, "--run-dir", "begun")
+    assert train(program, *options, "--grow", "2").code == 0
+    (program / "begun" / "result.json").unlink()  # killed before its end
+    found = train(program, *options, "--grow", "1", "--resume")
+    assert found.code == 1 and "was begun with --grow 2, not 1; resume with" in found.error
 
 
 @pytest.mark.parametrize(

@@ -5,24 +5,39 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime import meeting as meeting_module
-from scpl_compile.runtime.meeting import Meeting, reason
+from scpl_compile.runtime.meeting import Meeting, as_posted, reason
+
+
+class Exited(Exception):
+    """In place of the end of this process."""
 
 
 class NoWatch:
-    """In place of the thread that would end this process."""
+    """In place of the threads that would end this process."""
 
     def stop(self) -> None:
         """Nothing."""
 
+    def tell(self, line: str) -> None:
+        """As Watch's, of one process per rank."""
+        print(line, file=sys.stderr)
 
-def meetings(count: int) -> list[Meeting]:
+    def exit(self, line: str) -> NoReturn:
+        """As Watch's, but for the process."""
+        self.tell(line)
+        raise Exited
+
+
+def meetings(count: int, timeout_s: float = 60.0) -> list[Meeting]:
     store = HashStore()
     return [
         Meeting(
@@ -31,6 +46,7 @@ def meetings(count: int) -> list[Meeting]:
             store=store,
             watch=NoWatch(),  # type: ignore[arg-type]
             owns_group=False,
+            timeout_s=timeout_s,
         )
         for rank in range(count)
     ]
@@ -49,40 +65,52 @@ def together(count: int, work: Callable[[Meeting], Any]) -> list[Any]:
         return list(ranks.map(attempt, meetings(count)))
 
 
-@pytest.mark.parametrize("text", ["{", b"\xff", "[" * 10**5])
+@pytest.mark.parametrize("text", ["{", b"\xff", "[" * 10**5, "null", "[1]", "true"])
 def test_what_is_no_fact_is_told(text: str | bytes) -> None:
     one, _ = meetings(2)
     one.store.set("fact/a", text)
     with pytest.raises(TrainingError, match="what is posted as 'a' is none of this program's"):
-        one.find("a")
+        one.find("a", dict)
+    with pytest.raises(TrainingError, match="none of this program's"):
+        one.wait_for("a", dict)
 
 
 def test_facts_that_are_no_object_are_told() -> None:
     one, other = meetings(2)
     other.post("start alike/1", ["--lr"])
-    with pytest.raises(TrainingError, match="posted as 'start alike' is none of this program's"):
+    with pytest.raises(TrainingError, match="posted as 'start alike/1' is none of this program's"):
         one.agree({"--lr": 1}, "start alike")
 
 
 def test_a_fact_is_found_by_every_rank_until_it_is_forgotten() -> None:
     one, other = meetings(2)
-    assert other.find("a") is None
+    assert other.find("a", dict) is None
     one.post("a", {"b": [1, None]})
-    assert other.find("a") == other.wait_for("a") == {"b": [1, None]}
+    assert other.find("a", dict) == other.wait_for("a", dict) == {"b": [1, None]}
     other.forget("a")
-    assert one.find("a") is None
+    assert one.find("a", dict) is None
 
 
 def test_a_rank_waits_for_a_fact() -> None:
     one, other = meetings(2)
     threading.Timer(0.1, one.post, ("late", 3)).start()
-    assert other.wait_for("late") == 3
+    assert other.wait_for("late", int) == 3
 
 
-def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting_module, "TIMEOUT_S", 0.1)
+def test_it_does_not_wait_for_ever() -> None:
     with pytest.raises(TrainingError, match=r"rank 1 has waited 0 s .*\('never'\); see that every"):
-        meetings(2)[1].wait_for("never")
+        meetings(2, timeout_s=0.1)[1].wait_for("never", int)
+
+
+def test_a_fact_is_read_as_it_was_posted_or_refused() -> None:
+    with as_posted("mail/1/0"):
+        assert {"a": 1}["a"] == 1
+    for slip in (lambda: {}["losses"], lambda: dict(3), lambda: int("x"), lambda: [].losses):  # type: ignore[call-overload,attr-defined]
+        with (
+            pytest.raises(TrainingError, match="posted as 'mail/1/0' is none"),
+            as_posted("mail/1/0"),
+        ):
+            slip()
 
 
 def test_rank_0_tells_the_others() -> None:
@@ -111,10 +139,49 @@ def test_all_of_them_hear_where_they_differ(facts: Callable[[int], Any], message
         assert isinstance(error, MethodError) and str(error).startswith(message)
 
 
-def test_rank_0_tells_the_first_failure_alone_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_tells_the_first_failure_and_the_others_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     together(3, lambda m: m.fail(TrainingError("too hot")))
+    first, *others = said.getvalue().splitlines()
+    assert first == "error: too hot"
+    assert sorted(others) == [f"rank {k} ends: rank 0 has told the error" for k in (1, 2)]
+
+
+def test_where_rank_0_says_nothing_the_others_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(meeting_module, "_PATIENCE_S", 0.1)
+    meetings(2)[1].fail(TrainingError("too hot"))
+    assert said.getvalue() == "error: too hot\n"
+
+
+class NoStore:
+    """The store of a process that has ended, or behind a link that is cut."""
+
+    def __init__(self, is_gone: bool) -> None:
+        self._is_gone = is_gone
+
+    def add(self, key: str, amount: int) -> int:
+        """Fails, or waits for longer than any test."""
+        if self._is_gone:
+            raise DistNetworkError("connection reset")
+        threading.Event().wait()
+        return 0
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_rank_that_does_not_reach_the_store_tells_its_own(
+    is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(meeting_module, "_PATIENCE_S", 0.1)
+    alone = replace(meetings(2)[1], store=NoStore(is_gone))  # type: ignore[arg-type]
+    with nullcontext() if is_gone else pytest.raises(Exited):
+        alone.fail(TrainingError("too hot"))
     assert said.getvalue() == "error: too hot\n"
 
 

@@ -1,6 +1,7 @@
 """The emitted program on ranks leaves what `python train.py` leaves."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from processes import Ended, train_ranks
@@ -94,6 +96,34 @@ def test_either_engine_resumes_what_the_other_began(
     assert same_bits(run, program / "whole")
     assert loss_rows(run) == loss_rows(program / "whole")
     assert result(run)["steps"] == 12
+
+
+@pytest.mark.parametrize(("begun_by", "resumed_by"), [(1, 4), (2, 4), (4, 1), (4, 2)])
+@pytest.mark.parametrize("last", [9, 12])
+def test_a_run_goes_on_on_another_number_of_replicas(
+    last: int, begun_by: int, resumed_by: int, program: Path, train: Train
+) -> None:
+    """From the same state: where nothing is left to do, that of the run which began."""
+
+    def go(count: int, *options: object) -> None:
+        given = (*LONG, "--save-every", 3, *options)
+        if count == 1:
+            assert train(program, *given).code == 0
+        else:
+            done(train_ranks(program, *given, num_ranks=count))
+
+    go(begun_by)
+    run = program / "run"
+    ended_with = final(run)
+    (run / "result.json").unlink()
+    (run / "final.safetensors").unlink()
+    for step in range(last + 3, 13, 3):
+        shutil.rmtree(run / f"step-{step:08}")
+    go(resumed_by, "--resume")
+    assert result(run)["steps"] == 12
+    assert loss_rows(run).keys() == {(stage, step) for stage in (0, 1) for step in range(12)}
+    is_same = all(torch.equal(final(run)[name], value) for name, value in ended_with.items())
+    assert is_same == (last == 12)
 
 
 def test_a_finished_run_has_nothing_to_resume(program: Path) -> None:

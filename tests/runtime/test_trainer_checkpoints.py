@@ -119,9 +119,16 @@ def saved(run: Path, **options: Any) -> Path:
     return checkpoint.step_directory(run, 2)
 
 
+def made_up(directory: Path) -> None:
+    """A complete set, by its manifest, of which one file is none that `save_stage` has written."""
+    (directory / "stage-1.safetensors").write_bytes(b"x")
+    checkpoint.complete(directory, json.loads((directory / "manifest.json").read_text()), 2)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (made_up, r"stage-1.safetensors is damaged"),
         (lambda d: (d / "stage-1.safetensors").unlink(), "stage-1.safetensors is missing"),
         (lambda d: (d / "stage-0.safetensors").write_bytes(b"x"), r"damaged \(sha256\)"),
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),

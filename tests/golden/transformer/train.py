@@ -46,6 +46,7 @@ engine = "auto"  # ranks (a process per stage) under torchrun, else threads of t
 wire_dtype = ""  # or bfloat16: what crosses a cut is rounded to it
 replicate = "ddp"  # or fsdp: replicas, of torchrun with a multiple of the stages, share memory
 contrast = "local"  # or global: over the features of all replicas
+timeout = 600.0  # seconds that a rank waits for another one that says nothing
 threads_per_stage = 1  # equal threads, equal bits
 seed = 0
 # the run directory holds checkpoints, metrics and, at the end, final.safetensors
