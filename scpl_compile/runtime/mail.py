@@ -52,10 +52,21 @@ class Mail:
                 with as_posted(key):
                     letter = Letter(
                         losses={int(stage): _losses(rows) for stage, rows in posted["losses"]},
-                        usage={int(stage): Usage(**usage) for stage, usage in posted["usage"]},
+                        usage={int(stage): _usage(shares) for stage, shares in posted["usage"]},
                     )
+                    if {*letter.losses, *letter.usage} != self._stages_of(rank):
+                        raise ValueError("stages of another rank")
                 yield letter
+
+    def _stages_of(self, rank: int) -> set[int]:
+        return {stage for stage, column in enumerate(self._ranks.columns) if column == rank}
 
 
 def _losses(rows: Sequence[tuple[int, Mapping[str, float]]]) -> Losses:
-    return [(int(step), dict(losses)) for step, losses in rows]
+    return [
+        (int(step), {name: float(value) for name, value in losses.items()}) for step, losses in rows
+    ]
+
+
+def _usage(shares: Mapping[str, float]) -> Usage:
+    return Usage(**{name: float(share) for name, share in shares.items()})

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from ir_values import a_plan
 from scpl_compile.errors import ScplError
 from scpl_compile.ir import Plan, first_and_last, from_json, to_json
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.mail import Mail
 from scpl_compile.runtime.meeting import Meeting
 from scpl_compile.runtime.program import (
     Verification,
@@ -279,3 +281,24 @@ def test_what_ranks_post(folder: Path) -> None:
         store.set("fact/start alike/1", mutant.encode("utf-8", "surrogateescape") or b" ")
 
     fuzz(folder, feed, lambda: meeting.agree(facts, "start alike"))
+
+
+def test_what_ranks_tell_for_the_log(folder: Path) -> None:
+    store = HashStore()
+    meeting = Meeting(rank=0, world_size=2, store=store, watch=None, owns_group=False)  # type: ignore[arg-type]
+    calls = {name: getattr(meeting, name) for name in ("post", "find", "forget")}
+    ranks: Any = SimpleNamespace(rank=0, num_columns=2, columns=(0, 1), **calls)
+    losses = [[1, [[0, {"contrast": 4.1}], [1, {"contrast": 4.0}]]]]
+    text = json.dumps({"losses": losses, "usage": [[1, {"waiting": 0.5, "queue_fill": 0.0}]]})
+
+    def feed(rng: Random) -> None:
+        mutant = mutate_json(rng, text) if rng.random() < 0.9 else text
+        store.set("fact/mail/1/0", mutant.encode("utf-8", "surrogateescape") or b" ")
+
+    def read() -> None:
+        for letter in Mail(ranks).received():
+            for rows in letter.losses.values():
+                assert all(type(value) is float for _, row in rows for value in row.values())
+            assert letter.usage.keys() <= {1}
+
+    fuzz(folder, feed, read)
