@@ -8,7 +8,8 @@ from typing import Any
 from scpl_compile.ir import Scalar
 
 __all__ = [
-    "EXIT_THRESHOLDS",
+    "AGREEMENTS",
+    "CONFIDENCES",
     "GROUPS",
     "METHODS",
     "TASKS",
@@ -84,8 +85,12 @@ WITH_EXITS: Mapping[str, Candidate] = {
 }
 """The default's losses, with an exit in every stage."""
 
-EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
-"""How sure an exit must be; one is chosen by the validation split."""
+CONFIDENCES = tuple(
+    f"confidence:{limit}"
+    for limit in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+)
+AGREEMENTS = ("agreement:2", "agreement:3")
+"""Rules by which a sample leaves early; one of each kind is chosen by the validation split."""
 
 ANSWERS: Mapping[str, Candidate] = {
     **{

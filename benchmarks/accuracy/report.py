@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import matplotlib
 
-from benchmarks.accuracy.cases import EXIT_THRESHOLDS, METHODS, TASKS, VARIANTS, WITH_EXITS
+from benchmarks.accuracy.cases import AGREEMENTS, CONFIDENCES, METHODS, TASKS, VARIANTS, WITH_EXITS
 from benchmarks.measure import read_rows
 
 matplotlib.use("agg")
@@ -178,28 +178,29 @@ def _wall_clock(figures: Figures, path: Path) -> None:
 
 
 def _exit_points(
-    figures: Figures, task: str, name: str, split: str
+    figures: Figures, task: str, name: str, split: str, rules: Sequence[str]
 ) -> list[list[tuple[float, float]]]:
-    """For every threshold (compute, accuracy) of each seed, in %."""
+    """For every rule (compute, accuracy) of each seed, in %; none where compute is unknown."""
     found = []
-    for threshold in EXIT_THRESHOLDS:
-        rule = f"confidence:{threshold}"
+    for rule in rules:
         columns = (
             figures.get(task, 4, "equal epochs", name, f"{split} {what}, {rule}")
             for what in ("compute", "accuracy")
         )
-        found.append(list(zip(*columns, strict=True)))
+        found.append(list(zip(*columns, strict=False)))
     return found
 
 
-def _chosen(figures: Figures, task: str, name: str) -> list[tuple[float, float, float]]:
+def _chosen(
+    figures: Figures, task: str, name: str, rules: Sequence[str] = CONFIDENCES
+) -> list[tuple[float, float, float]]:
     """Per seed (compute, accuracy, accuracy at full depth) on the test split, in %.
 
-    Of the thresholds that lose at most 0.3 points on the validation split the one that computes
-    least there.
+    Of the rules that lose at most 0.3 points on the validation split the one that computes least
+    there; where all lose more, the last.
     """
-    validation = _exit_points(figures, task, name, "validation")
-    test = _exit_points(figures, task, name, "test")
+    validation = _exit_points(figures, task, name, "validation", rules)
+    test = _exit_points(figures, task, name, "test", rules)
     full = figures.get(task, 4, "equal epochs", name, _VALIDATION)
     told = figures.get(task, 4, "equal epochs", name, _TEST)
     found = []
@@ -214,17 +215,18 @@ def _chosen(figures: Figures, task: str, name: str) -> list[tuple[float, float, 
 
 def _exits(figures: Figures) -> str:
     lines = [
-        "Leaving early, four stages: the threshold that computes least among those that lose at "
+        "Leaving early, four stages: the limit that computes least among those that lose at "
         f"most {_MAY_LOSE} points on the validation split; figures of the test split, in %.",
         "",
-        "| model | method | compute | accuracy | accuracy at full depth | seeds |",
-        "|---|---|---|---|---|---|",
+        "| model | method | rule | compute | accuracy | accuracy at full depth | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
         for name in ("early_exit", "predsim", "deinforeg", *WITH_EXITS):
-            if rows := _chosen(figures, task, name):
-                shown = " | ".join(_spread(column) for column in zip(*rows, strict=True))
-                lines.append(f"| {task} | {name} | {shown} | {len(rows)} |")
+            for kind, rules in (("confidence", CONFIDENCES), ("agreement", AGREEMENTS)):
+                if rows := _chosen(figures, task, name, rules):
+                    shown = " | ".join(_spread(column) for column in zip(*rows, strict=True))
+                    lines.append(f"| {task} | {name} | {kind} | {shown} | {len(rows)} |")
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
@@ -237,22 +239,27 @@ def _exit_curves(figures: Figures, path: Path) -> None:
         1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False
     )
     for axis, task in zip(axes[0], tasks, strict=True):
-        for name in ("early_exit", *WITH_EXITS):
-            points = [
-                tuple(map(mean, zip(*seeds, strict=True)))
-                for seeds in _exit_points(figures, task, name, "test")
-                if seeds
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", label=name)
-                full = mean(figures.get(task, 4, "equal epochs", name, _TEST))
-                axis.axhline(full, linestyle=":", color=axis.lines[-1].get_color())
+        for color, name in enumerate(("early_exit", *WITH_EXITS)):
+            _draw_exits(axis, figures, task, name, f"C{color}")
         axis.set(title=f"{task}, K = 4", xlabel="compute, % of full depth",
                  ylabel="test accuracy, % (dotted: full depth)")  # fmt: skip
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_exits(axis: Axes, figures: Figures, task: str, name: str, color: str) -> None:
+    for rules, style, kind in ((CONFIDENCES, "o-", "confidence"), (AGREEMENTS, "s", "agreement")):
+        points = [
+            tuple(map(mean, zip(*seeds, strict=True)))
+            for seeds in _exit_points(figures, task, name, "test", rules)
+            if seeds
+        ]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind}")
+    if full := figures.get(task, 4, "equal epochs", name, _TEST):
+        axis.axhline(mean(full), linestyle=":", color=color)
 
 
 def _answers(figures: Figures, path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import models
-from benchmarks.accuracy.cases import EXIT_THRESHOLDS, TASKS, Case, Task
+from benchmarks.accuracy.cases import AGREEMENTS, CONFIDENCES, TASKS, Case, Task
 from benchmarks.measure import peak_memory
 from scpl_compile import Program, Trainer, compile_model
 from scpl_compile.runtime.allocator import keep_freed_memory
@@ -76,11 +76,10 @@ def train_rows(case: Case) -> list[dict[str, object]]:
 
 
 def _exit_curve(trainer: Trainer, loader: Loader) -> list[tuple[str, float]]:
-    """Accuracy and compute (shares) where a sample leaves by the first exit that is so sure."""
+    """Accuracy and compute (shares) where a sample leaves by the first exit that a rule trusts."""
     found = []
-    for threshold in EXIT_THRESHOLDS:
+    for rule in (*CONFIDENCES, *AGREEMENTS):
         for split in ("validation", "test"):
-            rule = f"confidence:{threshold}"
             result = trainer.evaluate(loader.evaluation(split), exit_rule=rule)
             found.append((f"{split} accuracy, {rule}", result.accuracy))
             if result.compute is not None:  # of text: it has operators that are not counted
