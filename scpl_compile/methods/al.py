@@ -6,7 +6,9 @@ are needed then, and the model's own classifier is not: it stays untrained, wher
 computes what it reads.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Self
 
 from scpl_compile.ir import LocalLoss, Scalar
 from scpl_compile.methods.base import Method, StageView
@@ -17,8 +19,9 @@ __all__ = ["AssociatedLearning"]
 
 
 class AssociatedLearning(Method):
-    """latent, hidden: widths of a code and of a bridge. activation: sigmoid or tanh. pooling: of
-    what the bridge reads, as in HeadSpec.
+    """latent, hidden: widths of a code and of a bridge. activation: sigmoid, or tanh, which is the
+    default for text, as released (paper.md section 2.4). pooling: of what the bridge reads, as in
+    HeadSpec.
     """
 
     name = "al"
@@ -36,6 +39,14 @@ class AssociatedLearning(Method):
         self._options: dict[str, Scalar] = {
             "latent": latent, "hidden": hidden, "activation": activation, "pooling": pooling,
         }  # fmt: skip
+
+    @classmethod
+    def make(
+        cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
+    ) -> Self:
+        """As Method."""
+        defaults = {"activation": "tanh"} if is_text else {}
+        return super().make({**defaults, **options}, preset=preset, is_text=is_text)
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """Bridge and autoencoder, of what the stage sends; in the last one of the feature that the

@@ -32,6 +32,17 @@ def test_a_code_goes_from_stage_to_stage() -> None:
     assert method.inference(3) == ("0F", "1F", "2F", "2B", "2D", "1D", "0D")
 
 
+@pytest.mark.parametrize(
+    ("is_text", "given", "activation"),
+    [(False, {}, "sigmoid"), (True, {}, "tanh"), (True, {"activation": "sigmoid"}, "sigmoid")],
+)
+def test_text_has_the_released_activation(
+    is_text: bool, given: dict[str, str], activation: str
+) -> None:
+    (loss,) = make_method("al", options=given, is_text=is_text).losses(FIRST)
+    assert loss.options["activation"] == activation
+
+
 def test_a_last_stage_without_the_feature_of_its_classifier_takes_the_logits() -> None:
     assert AssociatedLearning().losses(LAST)[0].reads == ("pool",)
     assert AssociatedLearning().losses(replace(LAST, feature=None))[0].reads == ("fc",)
