@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scpl_compile.runtime.engine import Event, StageState
+from scpl_compile.runtime.meeting import telling_lost_ranks
 from scpl_compile.runtime.ranks import Ranks
 from scpl_compile.runtime.stage_step import StageStep
 
@@ -39,9 +40,14 @@ class BatchEngine:
         self._run = run
 
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
-        """One step on this batch."""
+        """One step on this batch.
+
+        Raises:
+            TrainingError: another rank does not answer.
+        """
         num_samples = next(iter(values.values())).shape[0]
-        losses = self._run(values, torch.cat([labels] * (num_samples // labels.shape[0])))
+        with telling_lost_ranks(f"rank {self._ranks.rank}"):
+            losses = self._run(values, torch.cat([labels] * (num_samples // labels.shape[0])))
         for stage in self._stages:
             stage.update_after(self.num_steps, losses if stage is self._stages[-1] else {})
         self.num_steps += 1
@@ -53,7 +59,8 @@ class BatchEngine:
         """Wait for all ranks."""
         for stage in self._stages:
             stage.lane.synchronize()
-        self._ranks.barrier()
+        with telling_lost_ranks(f"rank {self._ranks.rank}"):
+            self._ranks.barrier()
 
     def snapshot(self, deliver: Callable[[int, StageState], None]) -> None:
         """Call `deliver(stage, state)` with each own stage's state after the last step."""

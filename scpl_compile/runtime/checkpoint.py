@@ -13,6 +13,7 @@ unpickled: numbers that are no tensors lie as JSON in the header of their safete
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,9 +43,11 @@ __all__ = [
 _KEPT = 2
 """Complete checkpoints that stay; older ones are removed when a newer one is complete."""
 
-
 _MOST_STEPS = 2**53
 """A checkpoint that says more is damaged; steps are counted in 64 bits."""
+
+_STEP = re.compile(r"step-(\d{8,16})")
+"""A checkpoint's directory; what somebody has put beside them under another name is none."""
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -246,7 +249,9 @@ def latest(run: Path) -> Path | None:
 
 
 def _complete_directories(run: Path) -> list[Path]:
-    return sorted(path.parent for path in run.glob("step-*/manifest.json"))
+    found = [path.parent for path in run.glob("step-*/manifest.json")]
+    steps = {path: int(name[1]) for path in found if (name := _STEP.fullmatch(path.name))}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def read_manifest(directory: Path, num_stages: int) -> dict[str, Any]:
@@ -262,6 +267,9 @@ def read_manifest(directory: Path, num_stages: int) -> dict[str, Any]:
         hashes = [manifest["files"][name] for name in names]
         if type(manifest["step"]) is not int or not 0 <= manifest["step"] < _MOST_STEPS:
             raise ValueError("step")
+        told = _STEP.fullmatch(directory.name)
+        if told and int(told[1]) != manifest["step"]:
+            raise ValueError("another step than its directory's")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProgramError(f"{path} is damaged; remove {directory} to resume earlier") from error
     for name, expected in zip(names, hashes, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scpl_compile.errors import TrainingError
+from scpl_compile.errors import ProgramError, TrainingError
 from scpl_compile.runtime.sharding import like
 from scpl_compile.runtime.step_options import StepOptions
 
@@ -131,7 +131,22 @@ class Descent:
             for path, value in source.items():
                 if path.startswith("optimizer."):
                     _, place, key = path.split(".", 2)
-                    held = like(value, parameters[int(place)])
-                    state.setdefault(places[int(place)], {})[key] = held
+                    parameter = parameters[int(place)]
+                    if isinstance(value, Tensor) and not _fits(value, parameter):
+                        raise ProgramError(
+                            f"{path!r} is {tuple(value.shape)} in the checkpoint, for a parameter "
+                            f"{tuple(parameter.shape)}; remove it to resume earlier"
+                        )
+                    state.setdefault(places[int(place)], {})[key] = like(value, parameter)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether it can be an optimizer's, of this parameter: a number, of its shape, or of rows or
+    columns of it (Adafactor).
+    """
+    return value.numel() == 1 or (
+        value.ndim == parameter.ndim
+        and all(one in (1, own) for one, own in zip(value.shape, parameter.shape, strict=True))
+    )

@@ -5,6 +5,7 @@ own report of which process ended how, thirty lines more, is left out.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them; gives the exit code of the first one that failed."""
     num_ranks, script, *rest = arguments
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in a sentence
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     try:

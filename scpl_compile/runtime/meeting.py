@@ -59,7 +59,7 @@ class Watch:
         self._world_size = world_size
         self._timeout_s = timeout_s
         self._is_over = threading.Event()
-        self._answered = time.monotonic()
+        self._silent_s = 0.0
         self._voice = threading.Lock()
         self._asking = threading.Thread(target=self._ask, daemon=True, name="watch")
         self._asking.start()
@@ -68,16 +68,17 @@ class Watch:
     def stop(self) -> None:
         """The run is over; a thread that is inside torch when a process ends would abort it."""
         self._is_over.set()
-        self._asking.join()
+        self._asking.join(_PATIENCE_S)
 
     def tell(self, line: str) -> None:
         """Print why this process ends, if nothing was told yet."""
         if self._voice.acquire(blocking=False):
             print(line, file=sys.stderr, flush=True)
 
-    def exit(self, line: str) -> NoReturn:
-        """Tell it and end this process, whatever its threads wait for."""
-        self.tell(line)
+    def exit(self, line: str = "") -> NoReturn:
+        """Tell it, if there is anything, and end this process, whatever its threads wait for."""
+        if line:
+            self.tell(line)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -86,12 +87,12 @@ class Watch:
         while not self._is_over.wait(_POLL_S):
             try:
                 has_failed = self._store.check([_FAILURE])
-                self._answered = time.monotonic()
+                self._silent_s = 0.0
                 if not has_failed:
                     continue
-                self._answered += _PATIENCE_S + _GOODBYE_S
+                self._silent_s = -_PATIENCE_S - _GOODBYE_S
                 _end(self._store, self._rank, self._world_size, self.tell)
-                line = ""
+                self.exit()
             except (dist.DistError, RuntimeError):
                 line = (
                     f"error: rank {self._rank} has lost the store of the ranks: rank 0 has ended, "
@@ -101,11 +102,15 @@ class Watch:
 
     def _guard(self) -> None:
         while self._asking.is_alive():
+            start = time.monotonic()
             self._asking.join(_POLL_S)
-            if time.monotonic() > self._answered + self._timeout_s:
+            # A process that was stopped in between has not waited all that time.
+            self._silent_s += min(time.monotonic() - start, 2 * _POLL_S)
+            if self._silent_s > self._timeout_s:
                 self.exit(
-                    f"error: rank {self._rank} has had no answer from the host of rank 0 for "
-                    f"{self._timeout_s:.0f} s; see that the link is up, and what rank 0 says"
+                    f"error: rank {self._rank} has had no answer from the ranks' store, on the "
+                    f"host of rank 0 or of the launcher, for {self._timeout_s:g} s; see that the "
+                    "link is up, and what the other ranks say"
                 )
 
 
@@ -165,7 +170,7 @@ class Meeting:
         while (value := self.find(key, kind)) is None:
             if time.monotonic() > end:
                 raise TrainingError(
-                    f"rank {self.rank} has waited {self.timeout_s:.0f} s for what another rank "
+                    f"rank {self.rank} has waited {self.timeout_s:g} s for what another rank "
                     f"tells ({key!r}); see that every rank was started, and what it says"
                 )
             time.sleep(_POLL_S / 10)
@@ -194,7 +199,20 @@ class Meeting:
             self.post(key, value)
         return self.wait_for(key, type(value))
 
+    def largest(self, key: str, value: int) -> int:
+        """The largest number that a rank gives, on every rank."""
+        self.post(f"{key}/{self.rank}", value)
+        return max(self.wait_for(f"{key}/{rank}", int) for rank in range(self.world_size))
+
     # ------------------------------------------------------------------ the end
+
+    def accuse(self, failure: str) -> None:
+        """Have every rank end with this failure, if there was none before; in any thread."""
+        try:
+            if self.store.add("failures", 1) == 1:
+                self.store.set(_FAILURE, failure)
+        except (dist.DistError, RuntimeError):
+            pass  # the store is gone, which the watch sees
 
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told.
@@ -225,19 +243,23 @@ class Meeting:
 
         They meet in the store, not in a barrier: gloo's thread lets go of a barrier's tensors after
         its end, and if Python ends meanwhile, the process is aborted. Rank 0, which may hold the
-        store, goes last.
+        store, goes last; for a rank that ends meanwhile it does not wait long.
         """
         self.post(f"left/{self.rank}", True)
         for rank in range(self.world_size):
             self.wait_for(f"left/{rank}", bool)
+        self.part()
         self.watch.stop()
         if self.rank != 0:
             self.post(f"gone/{self.rank}", True)
         else:
-            for rank in range(1, self.world_size):
-                self.wait_for(f"gone/{rank}", bool)
+            gone = [f"fact/gone/{rank}" for rank in range(1, self.world_size)]
+            _wait(self.store, gone, _PATIENCE_S)
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def part(self) -> None:
+        """What ranks do when all have come to the end."""
 
 
 @contextmanager

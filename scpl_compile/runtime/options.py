@@ -21,6 +21,8 @@ _LEAST = {"accumulate": 1, "batch_size": 2, "clip_norm": 0, "epochs": 1, "log_ev
           "warmup": 0, "weight_decay": 0}  # fmt: skip
 """A batch of one sample has no positive pair, and BatchNorm no variance."""
 
+_MOST = {"timeout": 1e6}  # seconds; torch counts them in milliseconds of 32 bits or so
+
 _CHECKS: Mapping[str, Callable[[str], object]] = {
     "amp": lambda text: StepOptions(amp=text),
     "wire_dtype": lambda text: StepOptions(wire_dtype=text),
@@ -72,6 +74,9 @@ def parse_options(
     for name, least in _LEAST.items():
         if not (given := getattr(options, name, least)) >= least:
             parser.error(f"--{name.replace('_', '-')} is {given}; give at least {least}")
+    for name, most in _MOST.items():
+        if not (given := getattr(options, name, most)) <= most:
+            parser.error(f"--{name.replace('_', '-')} is {given}; give at most {most:g}")
     for name, known in _CHOICES.items():
         if (chosen := getattr(options, name, known[0])) not in known:
             parser.error(f"--{name} {chosen!r} is not one of {', '.join(known)}")

@@ -69,7 +69,7 @@ class RankEngine:
         self._starts = tuple(starts) or (0,) * len(ranks.columns)
         self._records = record_events
         self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
-        self._tokens: list[dist.Work | None] = []
+        self._tokens: deque[tuple[int, dist.Work | None]] = deque()
         self._passed: set[Action] = set()
         before, after = crossings
         device, k = stage.lane.device, stage.index
@@ -155,9 +155,9 @@ class RankEngine:
         match kind:
             case "RECV":
                 if self._inbox is not None:
-                    stage.activity.saw_queue(float(self._inbox.has_arrived))
                     with stage.activity.waiting():
                         values = self._inbox.take()
+                    stage.activity.saw_queue(float(self._inbox.had_arrived))
                     labels = values.pop(LABELS)
                 stage.receive(step, values, labels, None)
             case "F":
@@ -207,8 +207,11 @@ class RankEngine:
             ):
                 token = torch.tensor([step])
                 to = self._ranks.rank_of(other)
-                self._tokens = [work for work in self._tokens if work and not work.is_completed()]
-                self._tokens.append(dist.isend(token, to, tag=_TOKENS + step))
+                self._tokens.append((step, dist.isend(token, to, tag=_TOKENS + step)))
+        while self._tokens and self._tokens[0][0] < step - 1:
+            _, work = self._tokens.popleft()
+            if work is not None:
+                work.wait()  # at once: this step began when all had received the one before
 
     def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
         if step < self._starts[stage]:

@@ -292,12 +292,13 @@ class RankTrainer(Trainer):
                 value = whole_tensor(state[name].detach())
                 own[name] = value.to("cpu", copy=True).contiguous()
         ranks = self._ranks
-        if ranks.rank == 0:
-            return self._complete_state(own)
-        if ranks.replica == 0:
-            for k in ranks.stages:
-                for name in self._state_names(k):
-                    dist.send(own[name], 0)
+        with telling_lost_ranks(f"rank {ranks.rank}"):
+            if ranks.rank == 0:
+                return self._complete_state(own)
+            if ranks.replica == 0:
+                for k in ranks.stages:
+                    for name in self._state_names(k):
+                        dist.send(own[name], 0)
         return own
 
     def _complete_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

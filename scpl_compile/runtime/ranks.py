@@ -12,9 +12,11 @@ each rank runs, losses for the log, the files of a checkpoint, and the first fai
 """
 
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -23,7 +25,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scpl_compile.errors import MethodError, ScplError, TrainingError
+from scpl_compile.runtime.lane import resolve_devices
 from scpl_compile.runtime.meeting import TIMEOUT_S, Meeting, meet, reason
+from scpl_compile.runtime.ring import Ring
 
 __all__ = ["Ranks", "join", "rank_options", "wants_ranks"]
 
@@ -58,12 +62,13 @@ class Ranks(Meeting):
     """This rank's place among the stages.
 
     columns: for every stage its place in a row of ranks (schedules.stage_columns). device: where
-    this rank's tensors live. mesh: DeviceMesh (replica, stage).
+    this rank's tensors live. mesh: DeviceMesh (replica, stage). ring: notices ranks that end.
     """
 
     columns: tuple[int, ...]
     device: torch.device
     mesh: DeviceMesh
+    ring: Ring
 
     @property
     def place(self) -> str:
@@ -110,6 +115,10 @@ class Ranks(Meeting):
         """Wait for all ranks."""
         dist.barrier()
 
+    def part(self) -> None:
+        """Say goodbye: from now on a rank may end."""
+        self.ring.close()
+
     def apart(self) -> Self:
         """The same ranks, whose facts are found by those alone who call this as often."""
         count = self.store.add(f"apart/{self.rank}", 1)
@@ -134,7 +143,7 @@ def join(
     Raises:
         TrainingError: the ranks do not find each other.
         SystemExit: rank 0 has told why they cannot work together: another number of ranks than the
-            stages need; a backend that torch lacks; other programs or options.
+            stages need; a backend or a device that torch lacks; other programs or options.
     """
     meeting = meet(timeout_s)
     try:
@@ -142,7 +151,9 @@ def join(
         meeting.agree({"program": program[:12]}, "copy the same directory to every host")
         meeting.agree(options or {}, "start every rank with the same options")
         return _place(meeting, columns if isinstance(columns, tuple) else columns(), devices)
-    except ScplError as error:
+    except Exception as error:
+        if not isinstance(error, ScplError):
+            traceback.print_exception(error)
         meeting.fail(error)
         raise SystemExit(1) from None
 
@@ -161,6 +172,7 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
     )
     if meeting.owns_group:
         _init_group(meeting, _backend(device), device)
+    ring = Ring(meeting.rank, meeting.world_size, partial(_tell_ended, meeting))
     mesh = init_device_mesh(
         device.type, (meeting.world_size // width, width), mesh_dim_names=("replica", "stage")
     )
@@ -174,6 +186,14 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
         columns=columns,
         device=device,
         mesh=mesh,
+        ring=ring,
+    )
+
+
+def _tell_ended(meeting: Meeting, rank: int) -> None:
+    meeting.accuse(
+        f"rank {rank} has ended without a word: it was killed, as where memory is short, or "
+        "interrupted; see what its host says"
     )
 
 
@@ -183,7 +203,8 @@ def _device_of(devices: Sequence[str], stage: int, num_stages: int) -> torch.dev
     if list(devices) == ["auto"]:
         has_gpu = torch.cuda.device_count() > local_rank
         return torch.device(f"cuda:{local_rank}" if has_gpu else "cpu")
-    return torch.device(devices[stage * len(devices) // num_stages])
+    (device,) = resolve_devices((devices[stage * len(devices) // num_stages],), 1)
+    return device
 
 
 def _backend(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,12 +103,16 @@ class Run:
         )  # fmt: skip
 
     def _open_files(self) -> RunDirectory | Follower:
+        attempt = Attempt.current()
+        if self._ranks is not None:
+            # An agent counts the failures of its own ranks alone.
+            attempt = replace(attempt, number=self._ranks.largest("attempt", attempt.number))
         if self._ranks is not None and self._ranks.rank != 0:
             told = self._ranks.wait_for("run", dict)
             with as_posted("run"):
                 return Follower(**told)
         self._lock = RunLock(self.directory)
-        files = RunDirectory(self.directory, self.plan.digest, self.options, Attempt.current())
+        files = RunDirectory(self.directory, self.plan.digest, self.options, attempt)
         if self._ranks is not None:
             begun = None if files.resume_from is None else str(files.resume_from)
             self._ranks.post("run", {"resume_from": begun, "result": files.result})
@@ -129,10 +134,10 @@ class Run:
             self._end(error)
 
     def _end(self, error: BaseException | None = None) -> None:
-        """Let go of the run directory and of the other ranks, which end too if there is an error.
+        """Let go of the run directory and of the other ranks.
 
-        Raises:
-            SystemExit: on ranks rank 0 has told the error, and that is all there is to say.
+        Where there is an error they end too, and this process: rank 0 has told it, and that is all
+        there is to say.
         """
         if self._lock is not None:
             self._lock.release()
@@ -142,9 +147,11 @@ class Run:
             if not isinstance(error, ScplError):
                 traceback.print_exception(error)
             self._ranks.fail(error)
-            raise SystemExit(1) from None
+            self._ranks.watch.exit()  # at once: a writer may wait for another rank
         if error is None or isinstance(error, SystemExit):
             self._ranks.leave()
+        else:
+            self._ranks.watch.stop()
 
     # ------------------------------------------------------------------ before the loop
 

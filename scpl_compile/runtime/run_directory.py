@@ -29,8 +29,9 @@ from scpl_compile.runtime.options import Options
 __all__ = ["Follower", "RunDirectory", "trained_in", "trained_steps"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
-             "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate", "amp",
-             "channels_last", "grow", "seed", "threads_per_stage")  # fmt: skip
+             "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate",
+             "microbatches", "amp", "channels_last", "wire_dtype", "contrast", "grow", "seed",
+             "threads_per_stage")  # fmt: skip
 """Options that a resumed run must share with the run that it continues."""
 
 

@@ -220,7 +220,7 @@ class StageStep:
         return rows
 
     def check_finite(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Raises TrainingError if a loss was not finite, or a parameter among `tensors` is not.
+        """Raises TrainingError if a loss was not finite, or what is trained among `tensors` is not.
 
         tensors: those of `state`; a finite loss may still have given an infinite gradient. Waits
         for the device.
@@ -234,11 +234,21 @@ class StageStep:
             )
         if tensors is None:
             return
-        for name, value in self.module.named_parameters():
-            if value.requires_grad and not tensors[f"module.{name}"].isfinite().all():
-                raise TrainingError(
-                    f"stage {self.index}: parameter {name!r} is not finite; lower --lr"
-                )
+        if (name := self._first_infinite(tensors)) is not None:
+            raise TrainingError(f"stage {self.index}: {name} is not finite; lower --lr")
+
+    def _first_infinite(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Among those of `state` a trained parameter that is not finite, or NaN in the optimizer.
+
+        A buffer may hold infinities, a second moment may have grown to one.
+        """
+        trained = {f"module.{n}" for n, p in self.module.named_parameters() if p.requires_grad}
+        for name, value in tensors.items():
+            if name in trained and not value.isfinite().all():
+                return f"parameter {name.removeprefix('module.')!r}"
+            if name.startswith("optimizer.") and value.isnan().any():
+                return repr(name)
+        return None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values): all that a later run needs to go on exactly from here."""
@@ -280,6 +290,11 @@ class StageStep:
             odd = sorted(own.keys() ^ stored.keys())[0]
             raise TrainingError(
                 f"stage {self.index}: the checkpoint and the stage differ in {odd!r}"
+            )
+        if (bad := self._first_infinite(tensors)) is not None:
+            raise ProgramError(
+                f"stage {self.index}: {bad} is not finite in the checkpoint; remove it to resume "
+                "earlier"
             )
         with torch.no_grad(), self.lane.scope():
             for name, value in stored.items():

@@ -15,6 +15,7 @@ device.
 Headers travel as CPU tensors (gloo), payloads on the device's own backend. Nothing is pickled.
 """
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _HEADER, _PAYLOAD = 1, 2  # tags, where the backend knows any
 _SLOTS = 2
 _ALIGNMENT = 64  # bytes; more than any dtype needs, and what vectorised kernels like
 _LARGE = 2**18  # bytes from which a tensor is sent from where it lies
+_AT_ONCE_S = 2e-4  # to take what is there
 _MAX_DIMS = 8
 _WORDS = 4 + _MAX_DIMS  # of one tensor in a header: there or not, dtype, gradient, ndim, sizes
 _DTYPES = tuple(
@@ -230,13 +232,18 @@ class Outbox:
 
 
 class Inbox:
-    """Receives messages from one rank, in the order in which they were sent."""
+    """Receives messages from one rank, in the order in which they were sent.
+
+    had_arrived: whether the last one that was taken had not to be waited for.
+    """
 
     def __init__(self, source: int, names: Sequence[str], device: torch.device) -> None:
         self._source = source
         self._names = tuple(names)
+        self._device = device
         self._slots = _Slots(device)
         self._layouts: dict[Key, Layout] = {}
+        self.had_arrived = False
         self._posted: deque[tuple[Layout, dict[str, Tensor], list[dist.Work]]] = deque()
 
     def knows(self, key: Key) -> bool:
@@ -246,11 +253,6 @@ class Inbox:
     def owns(self, value: Tensor) -> bool:
         """Whether `value` lies in a buffer of this inbox."""
         return self._slots.owns(value)
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether `take` would not have to wait."""
-        return bool(self._posted) and all(work.is_completed() for work in self._posted[0][2])
 
     def post(self, key: Key) -> None:
         """Begin to receive the next message, which has this key. At most one may be in use."""
@@ -268,8 +270,13 @@ class Inbox:
     def take(self) -> dict[str, Tensor]:
         """The oldest message that was posted; its tensors hold until the second `post` from now."""
         layout, views, works = self._posted.popleft()
+        self.had_arrived = all(work.is_completed() for work in works)
+        start = time.perf_counter()
         for work in works:
             work.wait()
+        # gloo does not say whether a message is there; where nobody had to wait for it, it was.
+        is_at_once = time.perf_counter() - start < _AT_ONCE_S
+        self.had_arrived |= self._device.type == "cpu" and is_at_once
         for entry in layout.entries:
             if entry.requires_grad:
                 views[entry.name].requires_grad_()

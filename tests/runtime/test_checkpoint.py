@@ -255,6 +255,16 @@ def test_the_two_newest_stay(tmp_path: Path) -> None:
     assert kept == {1, 100, 10**7}
 
 
+def test_the_newest_is_that_of_the_most_steps_whatever_lies_beside_it(tmp_path: Path) -> None:
+    for name, step in [("step-00000007", 7), ("step-backup", 9), ("step-100000000", 10**8),
+                       ("step-99999999", 10**8 - 1), ("step-9", 9)]:  # fmt: skip
+        checkpoint.save_stage(tmp_path / name, 0, {"a": torch.ones(1)}, {})
+        checkpoint.complete(tmp_path / name, {"step": step}, 1)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-100000000"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-100000000", "step-99999999", "step-backup", "step-9"}
+
+
 def test_a_file_that_is_missing_when_it_completes_completes_nothing(tmp_path: Path) -> None:
     directory = step_directory(tmp_path, 3)
     save_stage(directory, 0, {"x": torch.ones(1)}, {})

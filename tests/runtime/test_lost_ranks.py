@@ -1,17 +1,22 @@
 """A rank that is gone, or says nothing: the others notice in time, say it, and end."""
 
+import itertools
 import os
 import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from processes import Ended, Rank, start_programs
 from run_files import QUICK
 from scpl_compile import compile_model
+from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime import run as run_module
+from scpl_compile.runtime.meeting import Meeting
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,6 +33,14 @@ def three(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program in three stages: its first and last have no cut in common."""
     out = tmp_path_factory.mktemp("three") / "net"
     compile_model(f"{net_file}:build_model", "1x8x8", num_stages=3, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def backpropagation(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of method bp in two stages."""
+    out = tmp_path_factory.mktemp("bp") / "net"
+    compile_model(f"{net_file}:build_model", "1x8x8", num_stages=2, method="bp", out=out)
     return out
 
 
@@ -73,7 +86,7 @@ def test_a_killed_rank_is_noticed_by_all(victim: int, three: Path, tmp_path: Pat
     ended, seconds = hit(ranks, victim, signal.SIGKILL)
     told = check_told(ended)
     assert seconds < WITHIN_S
-    assert any("has lost" in line for line in told)
+    assert any("has lost" in line or f"rank {victim} has ended" in line for line in told)
     if victim:
         assert told[0].startswith("error: ") and told[1].endswith("rank 0 has told the error")
 
@@ -90,6 +103,101 @@ def test_a_hung_rank_is_noticed_within_the_timeout(
     assert told.startswith("error: ") and "that the link is up" in told
 
 
-def test_a_timeout_of_nothing_is_refused(program: Path, train: Callable[..., object]) -> None:
-    ran = train(program, *QUICK, "--timeout", 0.5)
-    assert "--timeout is 0.5; give at least 1" in ran.stderr  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.5, "at least 1"), ("nan", "at least 1"), ("inf", "at most 1e+06"), (1e10, "at most 1e+06")],
+)
+def test_a_timeout_that_is_none_is_refused(
+    seconds: object, told: str, program: Path, train: Callable[..., Any]
+) -> None:
+    ran = train(program, *QUICK, "--timeout", seconds)
+    assert ran.code == 2 and f"give {told}" in ran.error
+
+
+# ---------------------------------------------------------------------- where nobody talks
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def only_on_rank_1(owner: object, name: str, *, at: int = 1) -> None:
+    """Rank 1 is killed as it calls this for the `at`th time."""
+    original, count = getattr(owner, name), itertools.count(1)
+
+    def fatal(*arguments: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == "1" and next(count) == at:
+            die()
+        return original(*arguments, **options)
+
+    setattr(owner, name, fatal)
+
+
+def in_data_loading() -> None:
+    only_on_rank_1(run_module, "open_loader")
+
+
+def in_a_checkpoint() -> None:
+    only_on_rank_1(checkpoint, "save_stage", at=2)
+
+
+def before_the_end() -> None:
+    only_on_rank_1(Meeting, "leave")
+
+
+@pytest.mark.parametrize("where", [in_data_loading, in_a_checkpoint, before_the_end])
+def test_a_rank_that_is_killed_while_no_message_is_under_way(
+    where: Callable[[], None], program: Path, tmp_path: Path
+) -> None:
+    """The other one reads its data, waits for a file of the checkpoint, has done all there is."""
+    given = (*QUICK, "--epochs", 4, "--save-every", 4)
+    ranks = start_programs(program, tmp_path / "logs", *given, before=where)
+    ranks[1].process.join(60)
+    start = time.monotonic()
+    (ended,) = [rank.ended(60) for rank in ranks[:1]]
+    assert time.monotonic() - start < WITHIN_S
+    assert ranks[1].process.exitcode == -signal.SIGKILL
+    (told,) = check_told([ended])
+    assert "rank 1 has ended without a word" in told or "has lost its neighbour" in told
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "ddp"])
+def test_a_killed_rank_of_backpropagation_is_told_as_well(
+    schedule: str, backpropagation: Path, tmp_path: Path
+) -> None:
+    options = ("--schedule", schedule, "--microbatches", 2)
+    ranks = in_the_middle(backpropagation, tmp_path, *options, num_ranks=2)
+    ended, seconds = hit(ranks, 1, signal.SIGKILL)
+    check_told(ended)
+    assert seconds < WITHIN_S
+
+
+def test_a_device_that_is_none_is_told_by_all(program: Path, tmp_path: Path) -> None:
+    ranks = start_programs(program, tmp_path / "logs", *QUICK, "--devices", "foo")
+    ended = [rank.ended(60) for rank in ranks]
+    assert any("'foo' is no device; write cpu, cuda:0" in line for line in check_told(ended))
+
+
+@pytest.mark.parametrize("target", [[0], [1], [0, 1]])
+def test_ctrl_c_ends_all(target: list[int], program: Path, tmp_path: Path) -> None:
+    ranks = in_the_middle(program, tmp_path, num_ranks=2)
+    start = time.monotonic()
+    for rank in target:
+        os.kill(ranks[rank].process.pid or 0, signal.SIGINT)
+    ended = [rank.ended(60) for rank in ranks]
+    assert time.monotonic() - start < WITHIN_S
+    for rank in target:
+        assert ended[rank].code in (130, 1) and "Traceback" not in ended[rank].stderr, ended
+    assert all(one.code not in (0, None) for one in ended)
+
+
+def test_a_pause_of_all_ranks_is_no_silence(program: Path, tmp_path: Path) -> None:
+    """As when a laptop, or a batch system, holds them."""
+    options = ("--timeout", TIMEOUT_S)
+    ranks = in_the_middle(program, tmp_path, *options, num_ranks=2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            os.kill(rank.process.pid or 0, number)
+        time.sleep(TIMEOUT_S + 1)
+    told = [rank.ended(0).stderr for rank in ranks]
+    assert not any("no answer from the ranks' store" in one for one in told), told

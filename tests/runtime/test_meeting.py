@@ -98,7 +98,9 @@ def test_a_rank_waits_for_a_fact() -> None:
 
 
 def test_it_does_not_wait_for_ever() -> None:
-    with pytest.raises(TrainingError, match=r"rank 1 has waited 0 s .*\('never'\); see that every"):
+    with pytest.raises(
+        TrainingError, match=r"rank 1 has waited 0.1 s .*\('never'\); see that every"
+    ):
         meetings(2, timeout_s=0.1)[1].wait_for("never", int)
 
 

@@ -64,7 +64,7 @@ def place(rank: int, world_size: int, columns: tuple[int, ...]) -> Ranks:
     nothing: Any = None
     return Ranks(
         rank=rank, world_size=world_size, columns=columns, device=torch.device("cpu"),
-        mesh=nothing, store=nothing, watch=nothing, owns_group=False,
+        mesh=nothing, store=nothing, watch=nothing, ring=nothing, owns_group=False,
     )  # fmt: skip
 
 

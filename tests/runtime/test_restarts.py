@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import Ended, start_programs, train_ranks, wait_all
+from processes import Ended, free_port, start_programs, train_ranks, wait_all
 from run_files import QUICK, loss_rows, same_bits
 from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
@@ -67,6 +68,28 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bits(
     steps = [int(line.split()[3]) for line in resumed]
     # The newest that was complete: it is written while the ranks go on.
     assert steps and all(step % 4 == 0 and step <= 12 for step in steps)
+
+
+def test_a_rank_of_another_host_is_started_again_too(program: Path, tmp_path: Path) -> None:
+    """Two agents, as on two hosts: only that of the rank that failed counts the restart."""
+    train_ranks(program, *LONG, "--run-dir", "whole")
+    killer = tmp_path / "killer.py"
+    killer.write_text(KILLER)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+        "--max-restarts", "2", "--monitor-interval", "0.1", str(killer), str(program / "train.py"),
+        *LONG, "--run-dir", "restarted", "--force",
+    ]  # fmt: skip
+    environment = os.environ | {"KILLS": json.dumps([(1, 13)]), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "told").open("w+") as told:
+        agents = [subprocess.Popen(command, env=environment, stderr=told) for _ in range(2)]
+        codes = [agent.wait(150) for agent in agents]
+        told.seek(0)
+        text = told.read()
+    assert codes == [0, 0], text
+    assert re.search(r"^resumed after step (4|8|12) from", text, re.MULTILINE), text
+    assert same_bits(program / "whole", program / "restarted")
 
 
 # ---------------------------------------------------------------------- whose run it is

@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,52 @@ def made_up(directory: Path) -> None:
     checkpoint.complete(directory, json.loads((directory / "manifest.json").read_text()), 2)
 
 
+def rewritten(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    """A complete set, by its manifest, in which one tensor of stage 0 is another."""
+
+    def rewrite(directory: Path) -> None:
+        tensors, values = checkpoint.load_stage(directory, 0)
+        checkpoint.save_stage(directory, 0, tensors | {name: change(tensors[name])}, values)
+        checkpoint.complete(directory, json.loads((directory / "manifest.json").read_text()), 2)
+
+    return rewrite
+
+
+def of_another_step(directory: Path) -> None:
+    manifest = directory / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": 1}))
+
+
+MOMENT = "optimizer.0.exp_avg"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (
+            rewritten(MOMENT, lambda value: value.flatten()),
+            rf"stage 0: '{MOMENT}' is \(\d+,\) in ",
+        ),
+        (rewritten(MOMENT, lambda value: value / 0 * 0), rf"stage 0: '{MOMENT}' is not finite in"),
+        (
+            rewritten("module.head.weight", lambda value: value / 0),
+            "stage 0: parameter 'head.weight' is not finite in the checkpoint; remove it",
+        ),
+    ],
+)
+def test_a_checkpoint_that_no_training_has_left_is_refused(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path)
+    damage(path)
+    with make_trainer() as trainer, pytest.raises(ProgramError, match=message):
+        trainer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (of_another_step, "manifest.json is damaged"),
         (made_up, r"stage-1.safetensors is damaged"),
         (lambda d: (d / "stage-1.safetensors").unlink(), "stage-1.safetensors is missing"),
         (lambda d: (d / "stage-0.safetensors").write_bytes(b"x"), r"damaged \(sha256\)"),

@@ -1,5 +1,6 @@
 """Messages between ranks: what a layout says, how it travels, and where its tensors lie."""
 
+import time
 from typing import Any
 from weakref import ref
 
@@ -100,6 +101,7 @@ class Wire:
         self.headers: list[Tensor] = []
         self.payloads: list[Tensor] = []
         self.waits = 0
+        self.seconds = 0.0
         monkeypatch.setattr("torch.distributed.send", self.send)
         monkeypatch.setattr("torch.distributed.isend", self.isend)
 
@@ -112,6 +114,12 @@ class Wire:
 
     def wait(self) -> None:
         self.waits += 1
+        if self.seconds:
+            time.sleep(self.seconds)
+
+    def is_completed(self) -> bool:
+        """As gloo's, which does not know."""
+        return False
 
 
 @pytest.fixture
@@ -190,6 +198,21 @@ def test_it_lives_until_it_is_sent(wire: Wire) -> None:
     for _ in range(2):
         box.send(("other",), {"a": torch.ones(1)})
     assert is_there() is None
+
+
+def test_a_message_had_arrived_that_nobody_waited_for(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.irecv", lambda value, source, tag: wire)
+    header = Layout.of({"a": torch.ones(3)}).to_header(NAMES)
+    monkeypatch.setattr("torch.distributed.recv", lambda value, source, tag: value.copy_(header))
+    inbox = Inbox(0, NAMES, torch.device("cpu"))
+    found = []
+    for wire.seconds in (0.0, 0.02, 0.0):
+        inbox.post(("k",))
+        inbox.take()
+        found.append(inbox.had_arrived)
+    assert found == [True, False, True]
 
 
 def test_what_an_inbox_received_is_copied_before_it_is_sent_on(
