@@ -29,6 +29,7 @@ from scpl_compile import compile_model  # noqa: E402
 from scpl_compile.runtime.checkpoint import load_tensors  # noqa: E402
 
 KILLS, STEPS, SAVE_EVERY = 10, 120, 10
+ENGINES = ("ranks", "threads")
 KILLER = Path(__file__).with_name("killer.py")
 COMMON = {"benchmark": "faults", "threads": 1, "device": "cpu"}
 TRAINING = ("--data", "random:4096", "--batch-size", "32", "--log-every", "10")
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two kills, one repeat, no rows")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes, instead of the others")
+    parser.add_argument("--engine", choices=ENGINES, action="append", help="of the soak")
     parser.add_argument("--link", action="store_true", help="a cut link, instead of the others")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +49,7 @@ def main() -> None:
             batch_size=32, threads_per_stage=1, out=program,
         )  # fmt: skip
         if options.soak:
-            rows = [row for engine in ("ranks", "threads")
+            rows = [row for engine in options.engine or ENGINES
                     for row in soak(program, engine, 60 * options.soak)]  # fmt: skip
         elif options.link:
             rows = link_rows(program, TRAINING)
