@@ -44,10 +44,17 @@ def backpropagation(net_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+def as_from_a_terminal() -> None:
+    """Whoever runs the tests may ignore Ctrl-C, as a shell does for its background jobs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def in_the_middle(program: Path, tmp_path: Path, *options: object, num_ranks: int) -> list[Rank]:
     """The ranks, once all of them train."""
     given = (*QUICK, "--epochs", 100_000, "--log-every", 1, "--run-dir", tmp_path / "run", *options)
-    ranks = start_programs(program, tmp_path / "logs", *given, num_ranks=num_ranks)
+    ranks = start_programs(
+        program, tmp_path / "logs", *given, num_ranks=num_ranks, before=as_from_a_terminal
+    )
     metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
     while time.monotonic() < end:
         if metrics.exists() and f'"stage": {num_ranks - 1}' in metrics.read_text():
