@@ -29,6 +29,7 @@ from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E
 from benchmarks.accuracy.training import cost_rows, train_rows  # noqa: E402
 from benchmarks.measure import read_rows, table, write_rows  # noqa: E402
 
+USUAL = tuple(name for name in GROUPS if name != "variants")
 RESULTS = Path(__file__).with_name("results.csv")
 Work = Callable[[Case], list[dict[str, object]]]
 
@@ -39,7 +40,9 @@ def main() -> None:
         parser.add_argument(f"--{stage}", action="store_true")
     parser.add_argument("--full-width", action="store_true")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--group", choices=GROUPS, action="append", help="default: all")
+    parser.add_argument(
+        "--group", choices=GROUPS, action="append", help="default: all but variants"
+    )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     parser.add_argument("--only", action="append", default=[], help="TEXT in the run's name")
     options = parser.parse_args()
@@ -49,7 +52,7 @@ def main() -> None:
     seeds = tuple(options.seed or (0, 1, 2))
     wanted = [
         case
-        for group in options.group or GROUPS
+        for group in options.group or USUAL
         for case in cases(GROUPS[group], seeds=seeds, is_full_width=options.full_width)
         if all(text in f"{case.name}, {case.candidate}" for text in options.only)
     ]
