@@ -51,5 +51,7 @@ class Ring:
     def close(self) -> None:
         """Say goodbye; all ranks do."""
         if self._world_size > 1:
-            dist.isend(torch.zeros(1), (self._rank - 1) % self._world_size, group=self._group)
+            goodbye, before = torch.zeros(1), (self._rank - 1) % self._world_size
+            # Both live as long as the ring: gloo reads them when the other one receives.
+            self._sent = goodbye, dist.isend(goodbye, before, group=self._group)
             self._thread.join(_GOODBYE_S)
