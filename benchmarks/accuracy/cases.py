@@ -48,14 +48,14 @@ _IMAGES: dict[str, Any] = {
 }  # fmt: skip
 _TEXTS: dict[str, Any] = {
     "data": f"csv:{Path(__file__).with_name('sentences.csv')}",
-    "inputs": "ids:int64:32<8000,mask:int64:32<2", "num_classes": 2, "batch_size": 64, "epochs": 4,
+    "inputs": "ids:int64:32<8000,mask:int64:32<2", "num_classes": 2, "batch_size": 64,
     "trainer": {"amp": "bf16"},
 }  # fmt: skip
 TASKS: Mapping[str, Task] = {
     "vgg8": Task(model="vgg8", width=32, full_width=128, **_IMAGES),
     "resnet18": Task(model="resnet18", width=16, full_width=64, **_IMAGES),
-    "lstm": Task(model="lstm", width=128, full_width=300, **_TEXTS),
-    "transformer": Task(model="transformer", width=128, full_width=300, **_TEXTS),
+    "lstm": Task(model="lstm", width=128, full_width=300, epochs=8, **_TEXTS),
+    "transformer": Task(model="transformer", width=128, full_width=300, epochs=4, **_TEXTS),
 }
 
 

@@ -434,7 +434,7 @@ def test_a_rank_with_a_stream_of_its_own_would_race(
             stage.backward_of(losses)
             return losses
 
-        ranks: Any = SimpleNamespace(barrier=lambda: None)
+        ranks: Any = SimpleNamespace(rank=0, barrier=lambda: None)
         engine_of_rank = BatchEngine([stage], ranks, run, 0)
         for x, labels in batches(2):
             engine_of_rank.submit({"x": x}, labels)
