@@ -15,14 +15,13 @@ that cannot form one (other programs, other options, no backend) still tell why.
 import json
 import os
 import re
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -30,88 +29,19 @@ from torch.distributed.rendezvous import rendezvous
 
 from scpl_compile.errors import MethodError, ScplError, TrainingError
 from scpl_compile.runtime.memory import remedy
+from scpl_compile.runtime.watch import Watch, lost_store, wait_for_keys
 
-__all__ = ["TIMEOUT_S", "Meeting", "Watch", "as_posted", "meet", "reason", "telling_lost_ranks"]
+__all__ = ["TIMEOUT_S", "Meeting", "as_posted", "meet", "reason", "telling_lost_ranks"]
 
 T = TypeVar("T")
 
 TIMEOUT_S = 600.0
 """How long a rank waits for another one that says nothing, where nothing else is asked for."""
-_FAILURE, _TOLD = "failure", "told"
-_POLL_S = 0.2
+_POLL_S = 0.02
 _PATIENCE_S = 5.0
-"""How long a failed rank waits until rank 0 has told it; then it tells it itself."""
-_GOODBYE_S = 2.0
-"""How long rank 0, which may hold the store, then waits for the others to end."""
-
-
-class Watch:
-    """Ends this process when another rank has failed: its own thread may wait for that rank in
-    torch.distributed, where no exception reaches it.
-
-    One thread asks the store, and where the link to it is cut a question waits for ever; so a
-    second one ends the process when there was no answer for `timeout_s`.
-    """
-
-    def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float) -> None:
-        self._store = store
-        self._rank = rank
-        self._world_size = world_size
-        self._timeout_s = timeout_s
-        self._is_over = threading.Event()
-        self._silent_s = 0.0
-        self._voice = threading.Lock()
-        self._asking = threading.Thread(target=self._ask, daemon=True, name="watch")
-        self._asking.start()
-        threading.Thread(target=self._guard, daemon=True, name="guard").start()
-
-    def stop(self) -> None:
-        """The run is over; a thread that is inside torch when a process ends would abort it."""
-        self._is_over.set()
-        self._asking.join(_PATIENCE_S)
-
-    def tell(self, line: str) -> None:
-        """Print why this process ends, if nothing was told yet."""
-        if self._voice.acquire(blocking=False):
-            print(line, file=sys.stderr, flush=True)
-
-    def exit(self, line: str = "") -> NoReturn:
-        """Tell it, if there is anything, and end this process, whatever its threads wait for."""
-        if line:
-            self.tell(line)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    def _ask(self) -> None:
-        while not self._is_over.wait(_POLL_S):
-            try:
-                has_failed = self._store.check([_FAILURE])
-                self._silent_s = 0.0
-                if not has_failed:
-                    continue
-                self._silent_s = -_PATIENCE_S - _GOODBYE_S
-                _end(self._store, self._rank, self._world_size, self.tell)
-                self.exit()
-            except (dist.DistError, RuntimeError):
-                line = (
-                    f"error: rank {self._rank} has lost the store of the ranks: rank 0 has ended, "
-                    "or the launcher; see what they said"
-                )
-            self.exit(line)
-
-    def _guard(self) -> None:
-        while self._asking.is_alive():
-            start = time.monotonic()
-            self._asking.join(_POLL_S)
-            # A process that was stopped in between has not waited all that time.
-            self._silent_s += min(time.monotonic() - start, 2 * _POLL_S)
-            if self._silent_s > self._timeout_s:
-                self.exit(
-                    f"error: rank {self._rank} has had no answer from the ranks' store, on the "
-                    f"host of rank 0 or of the launcher, for {self._timeout_s:g} s; see that the "
-                    "link is up, and what the other ranks say"
-                )
+"""How long a failed rank waits until it is told."""
+_LEAVING_S = 30.0
+"""How long rank 0 waits for the others at the end of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,20 +66,34 @@ class Meeting:
         return ""
 
     def post(self, key: str, value: Any) -> None:
-        """Put a JSON value where every rank finds it."""
-        self.store.set(f"fact/{key}", json.dumps(value))
+        """Put a JSON value where every rank finds it.
+
+        Raises:
+            TrainingError: the store is gone.
+        """
+        with self._asking():
+            self.store.set(f"fact/{key}", json.dumps(value))
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except (dist.DistError, RuntimeError):
+            raise TrainingError(lost_store(self.rank)) from None
 
     def find(self, key: str, kind: type[T]) -> T | None:
         """What a rank has posted under `key`, a JSON value of this kind; None where nothing is yet.
 
         Raises:
-            TrainingError: it is another value, so no rank of ours posted it.
+            TrainingError: it is another value, so no rank of ours posted it; the store is gone.
         """
         name = f"fact/{key}"
-        if not self.store.check([name]):
-            return None
+        with self._asking():
+            if not self.store.check([name]):
+                return None
+            posted = self.store.get(name)
         try:
-            value = json.loads(self.store.get(name).decode())
+            value = json.loads(posted.decode())
         except (ValueError, RecursionError) as error:
             raise _foreign(key) from error
         if not isinstance(value, kind):
@@ -158,7 +102,8 @@ class Meeting:
 
     def forget(self, key: str) -> None:
         """Remove what was posted under `key`."""
-        self.store.delete_key(f"fact/{key}")
+        with self._asking():
+            self.store.delete_key(f"fact/{key}")
 
     def wait_for(self, key: str, kind: type[T]) -> T:
         """What `find` gives, once it is there.
@@ -173,7 +118,7 @@ class Meeting:
                     f"rank {self.rank} has waited {self.timeout_s:g} s for what another rank "
                     f"tells ({key!r}); see that every rank was started, and what it says"
                 )
-            time.sleep(_POLL_S / 10)
+            time.sleep(_POLL_S)
         return value
 
     def agree(self, facts: Mapping[str, Any], remedy: str) -> None:
@@ -206,14 +151,6 @@ class Meeting:
 
     # ------------------------------------------------------------------ the end
 
-    def accuse(self, failure: str) -> None:
-        """Have every rank end with this failure, if there was none before; in any thread."""
-        try:
-            if self.store.add("failures", 1) == 1:
-                self.store.set(_FAILURE, failure)
-        except (dist.DistError, RuntimeError):
-            pass  # the store is gone, which the watch sees
-
     def fail(self, error: BaseException) -> None:
         """Tell rank 0's user, and end every rank; the first failure is the one that is told.
 
@@ -224,10 +161,9 @@ class Meeting:
 
         def tell_all() -> None:
             try:
-                if self.store.add("failures", 1) == 1:
-                    self.store.set(_FAILURE, told)
+                self.watch.accuse(told)
                 self.watch.stop()
-                _end(self.store, self.rank, self.world_size, self.watch.tell)
+                self.watch.conclude()
             except (dist.DistError, RuntimeError):  # the store is gone, and rank 0 with it
                 self.watch.tell(f"error: {told}")
                 self.watch.stop()
@@ -250,11 +186,12 @@ class Meeting:
             self.wait_for(f"left/{rank}", bool)
         self.part()
         self.watch.stop()
-        if self.rank != 0:
-            self.post(f"gone/{self.rank}", True)
-        else:
-            gone = [f"fact/gone/{rank}" for rank in range(1, self.world_size)]
-            _wait(self.store, gone, _PATIENCE_S)
+        gone = [f"fact/gone/{rank}" for rank in range(1, self.world_size)]
+        with suppress(dist.DistError, RuntimeError, TrainingError):  # all is done
+            if self.rank != 0:
+                self.post(f"gone/{self.rank}", True)
+            else:
+                wait_for_keys(self.store, gone, _LEAVING_S)
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -280,28 +217,6 @@ def _foreign(key: str) -> TrainingError:
         f"what is posted as {key!r} is none of this program's facts; see that nothing else uses "
         "this address and port"
     )
-
-
-def _end(store: Store, rank: int, world_size: int, tell: Callable[[str], None]) -> None:
-    """Rank 0 tells the first failure and the others wait for that; if it does not, they do."""
-    line = f"error: {store.get(_FAILURE).decode(errors='replace')}"
-    if rank == 0:
-        tell(line)
-        store.set(_TOLD, "")
-    else:
-        is_told = _wait(store, [_TOLD], _PATIENCE_S)
-        tell(f"rank {rank} ends: rank 0 has told the error" if is_told else line)
-    store.set(f"ended/{rank}", "")
-    if rank == 0:
-        _wait(store, [f"ended/{other}" for other in range(world_size)], _GOODBYE_S)
-
-
-def _wait(store: Store, keys: list[str], seconds: float) -> bool:
-    """Whether they are there in time."""
-    end = time.monotonic() + seconds
-    while not (is_there := bool(store.check(keys))) and time.monotonic() < end:
-        time.sleep(_POLL_S / 10)
-    return is_there
 
 
 def reason(error: BaseException) -> str:

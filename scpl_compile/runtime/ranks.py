@@ -14,6 +14,7 @@ each rank runs, losses for the log, the files of a checkpoint, and the first fai
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -172,10 +173,12 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
     )
     if meeting.owns_group:
         _init_group(meeting, _backend(device), device)
-    ring = Ring(meeting.rank, meeting.world_size, partial(_tell_ended, meeting))
+    ring = Ring(meeting.rank, meeting.world_size, partial(_tell_ended, meeting), meeting.timeout_s)
     mesh = init_device_mesh(
         device.type, (meeting.world_size // width, width), mesh_dim_names=("replica", "stage")
     )
+    for group in mesh.get_all_groups():  # torch makes them with half an hour
+        dist.set_timeout(timedelta(seconds=meeting.timeout_s), group)
     return Ranks(
         rank=meeting.rank,
         world_size=meeting.world_size,
@@ -191,10 +194,11 @@ def _place(meeting: Meeting, columns: tuple[int, ...], devices: Sequence[str]) -
 
 
 def _tell_ended(meeting: Meeting, rank: int) -> None:
-    meeting.accuse(
-        f"rank {rank} has ended without a word: it was killed, as where memory is short, or "
-        "interrupted; see what its host says"
-    )
+    with suppress(dist.DistError, RuntimeError):  # the store is gone: the watch ends this rank
+        meeting.watch.accuse(
+            f"rank {rank} has ended without a word: it was killed, as where memory is short, or "
+            "interrupted; see what its host says"
+        )
 
 
 def _device_of(devices: Sequence[str], stage: int, num_stages: int) -> torch.device:

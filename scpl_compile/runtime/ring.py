@@ -13,30 +13,37 @@ what the timeout is for.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["Ring"]
 
 _FOR_EVER = timedelta(days=3650)
-_GOODBYE_S = 2.0
+_GOODBYE_S = 30.0
+"""How long a rank waits for one that leaves more slowly; one that has ended is not waited for."""
 
 
 class Ring:
     """Made by all ranks together.
 
-    notice: called in a thread of this rank, with the rank that has ended.
+    notice: called in a thread of this rank, with the rank that has ended. timeout_s: how long the
+    ranks wait for each other to make it.
     """
 
-    def __init__(self, rank: int, world_size: int, notice: Callable[[int], None]) -> None:
-        group = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+    def __init__(
+        self, rank: int, world_size: int, notice: Callable[[int], None], timeout_s: float
+    ) -> None:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         assert isinstance(group, dist.ProcessGroup), "this rank is in it"
         self._group = group
         self._rank = rank
         self._world_size = world_size
         self._notice = notice
+        self._is_over = False
         self._thread = threading.Thread(target=self._wait, daemon=True, name="ring")
         if world_size > 1:
             self._thread.start()
@@ -44,14 +51,25 @@ class Ring:
     def _wait(self) -> None:
         other = (self._rank + 1) % self._world_size
         try:
-            dist.recv(torch.empty(1), other, group=self._group)
+            work = dist.irecv(_goodbye(), other, group=self._group)
+            assert work is not None, "this rank is in the group"
+            work.wait(_FOR_EVER)
         except (dist.DistError, RuntimeError):
-            self._notice(other)
+            if not self._is_over:
+                self._notice(other)
 
     def close(self) -> None:
-        """Say goodbye; all ranks do."""
-        if self._world_size > 1:
-            goodbye, before = torch.zeros(1), (self._rank - 1) % self._world_size
+        """Say goodbye; all ranks do, and a rank that has ended since is nobody's concern."""
+        self._is_over = True
+        if self._world_size == 1:
+            return
+        goodbye, before = _goodbye(), (self._rank - 1) % self._world_size
+        with suppress(dist.DistError, RuntimeError):
             # Both live as long as the ring: gloo reads them when the other one receives.
             self._sent = goodbye, dist.isend(goodbye, before, group=self._group)
-            self._thread.join(_GOODBYE_S)
+        self._thread.join(_GOODBYE_S)
+
+
+def _goodbye() -> Tensor:
+    """Whatever the model's code has made the default dtype and device."""
+    return torch.zeros(1, dtype=torch.uint8, device="cpu")

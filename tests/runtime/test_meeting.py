@@ -10,28 +10,30 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
-from torch.distributed import DistNetworkError, HashStore
+from torch.distributed import DistNetworkError, HashStore, Store
 
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime import meeting as meeting_module
+from scpl_compile.runtime import watch as watch_module
 from scpl_compile.runtime.meeting import Meeting, as_posted, reason
+from scpl_compile.runtime.watch import Watch
 
 
 class Exited(Exception):
     """In place of the end of this process."""
 
 
-class NoWatch:
-    """In place of the threads that would end this process."""
+class NoWatch(Watch):
+    """Without the threads that would end this process."""
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._voice = threading.Lock()
 
     def stop(self) -> None:
         """Nothing."""
 
-    def tell(self, line: str) -> None:
-        """As Watch's, of one process per rank."""
-        print(line, file=sys.stderr)
-
-    def exit(self, line: str) -> NoReturn:
+    def exit(self, line: str = "") -> NoReturn:
         """As Watch's, but for the process."""
         self.tell(line)
         raise Exited
@@ -44,7 +46,7 @@ def meetings(count: int, timeout_s: float = 60.0) -> list[Meeting]:
             rank=rank,
             world_size=count,
             store=store,
-            watch=NoWatch(),  # type: ignore[arg-type]
+            watch=NoWatch(store, rank, count),
             owns_group=False,
             timeout_s=timeout_s,
         )
@@ -155,7 +157,7 @@ def test_rank_0_tells_the_first_failure_and_the_others_that_it_has(
 def test_where_rank_0_says_nothing_the_others_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
-    monkeypatch.setattr(meeting_module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(watch_module, "_PATIENCE_S", 0.1)
     meetings(2)[1].fail(TrainingError("too hot"))
     assert said.getvalue() == "error: too hot\n"
 
@@ -173,6 +175,25 @@ class NoStore:
         threading.Event().wait()
         return 0
 
+    def set(self, *arguments: Any) -> None:
+        """As add."""
+        self.add("", 0)
+
+    check = delete_key = set
+
+
+def test_a_fact_of_a_store_that_is_gone_is_told() -> None:
+    alone = replace(meetings(2)[1], store=NoStore(True))  # type: ignore[arg-type]
+    for call in (
+        lambda: alone.post("a", 1),
+        lambda: alone.find("a", int),
+        lambda: alone.forget("a"),
+    ):
+        with pytest.raises(
+            TrainingError, match="rank 1 has lost the store of the ranks: rank 0 has"
+        ):
+            call()
+
 
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_rank_that_does_not_reach_the_store_tells_its_own(
@@ -181,7 +202,8 @@ def test_a_rank_that_does_not_reach_the_store_tells_its_own(
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     monkeypatch.setattr(meeting_module, "_PATIENCE_S", 0.1)
-    alone = replace(meetings(2)[1], store=NoStore(is_gone))  # type: ignore[arg-type]
+    store: Any = NoStore(is_gone)
+    alone = replace(meetings(2)[1], store=store, watch=NoWatch(store, 1, 2))
     with nullcontext() if is_gone else pytest.raises(Exited):
         alone.fail(TrainingError("too hot"))
     assert said.getvalue() == "error: too hot\n"
@@ -202,7 +224,7 @@ def test_other_errors_are_told_with_their_kind_and_memory_with_its_remedy(
 ) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
-    monkeypatch.setattr(meeting_module, "_GOODBYE_S", 0.1)
+    monkeypatch.setattr(watch_module, "_GOODBYE_S", 0.1)
     meetings(2)[0].fail(error)
     assert said.getvalue().startswith(told)
 
