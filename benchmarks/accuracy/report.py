@@ -15,12 +15,15 @@ from benchmarks.measure import read_rows
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 __all__ = ["write"]
 
 _TEST = "test accuracy"
 _VALIDATION = "validation accuracy"
 _MAY_LOSE = 0.3
+_SHOWN = 25.0
+"""Points of accuracy that a picture shows at most; what lies below is in report.md."""
 Point = tuple[float, Sequence[float]]
 
 
@@ -143,11 +146,15 @@ def _curves(figures: Figures, path: Path) -> None:
                                 sharey="row", layout="constrained", squeeze=False)  # fmt: skip
     for line, task in zip(axes, tasks, strict=True):
         for axis, k in zip(line, (2, 4), strict=True):
-            for name in METHODS:
+            for color, name in enumerate(METHODS):
                 if curve := _curve(figures, task, k, name):
-                    axis.plot(range(1, len(curve) + 1), curve, marker="o", label=name)
+                    epochs = range(1, len(curve) + 1)
+                    axis.plot(epochs, curve, "o-", color=f"C{color}", label=name)
             axis.set(title=f"{task}, K = {k}", xlabel="epoch", ylabel="validation accuracy, %")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
+        lowest, highest = line[0].get_ylim()
+        line[0].set_ylim(bottom=max(lowest, highest - _SHOWN))
     axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -160,12 +167,15 @@ def _wall_clock(figures: Figures, path: Path) -> None:
         1, len(tasks), figsize=(4.8 * len(tasks), 4), layout="constrained", squeeze=False
     )
     for axis, task in zip(axes[0], tasks, strict=True):
-        for name in METHODS:
+        for color, name in enumerate(METHODS):
             curve = _curve(figures, task, 2, name)
             shares = figures.get(task, 2, "equal epochs", name, "step time over bp's")
             share = 1.0 if name == "bp" else next(iter(shares), None)
             if curve and share is not None:
-                axis.plot([share * i for i in range(1, len(curve) + 1)], curve, "o-", label=name)
+                times = [share * i for i in range(1, len(curve) + 1)]
+                axis.plot(times, curve, "o-", color=f"C{color}", label=name)
+        lowest, highest = axis.get_ylim()
+        axis.set_ylim(bottom=max(lowest, highest - _SHOWN))
         axis.set(
             title=f"{task}, K = 2 on two cores",
             xlabel="time, in epochs of bp on the same two",
