@@ -19,20 +19,24 @@ __all__ = ["AssociatedLearning"]
 
 
 class AssociatedLearning(Method):
-    """latent, hidden: widths of a code and of a bridge. activation: sigmoid, or tanh, which is the
-    default for text, as released (paper.md section 2.4). pooling: of what the bridge reads, as in
-    HeadSpec.
+    """latent, hidden: widths of a code and of a bridge. activation: tanh or sigmoid. pooling: of
+    what the bridge reads, as in HeadSpec.
+
+    The released activations (paper.md section 2.4), sigmoid for images and tanh for text, are those
+    of the preset "paper". A sigmoid's codes of different classes lie close together at first, and a
+    bridge that learns them before they part does not leave their mean: the default is tanh.
     """
 
     name = "al"
     leaves_classifier = True
+    presets = ("default", "paper")
 
     def __init__(
         self,
         *,
         latent: int = 128,
         hidden: int = 256,
-        activation: str = "sigmoid",
+        activation: str = "tanh",
         pooling: str = "auto",
     ) -> None:
         self._latent = latent
@@ -45,8 +49,8 @@ class AssociatedLearning(Method):
         cls, options: Mapping[str, Scalar], *, preset: str = "default", is_text: bool = False
     ) -> Self:
         """As Method."""
-        defaults = {"activation": "tanh"} if is_text else {}
-        return super().make({**defaults, **options}, preset=preset, is_text=is_text)
+        released = {} if preset == "default" or is_text else {"activation": "sigmoid"}
+        return super().make({**released, **options}, preset=preset, is_text=is_text)
 
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         """Bridge and autoencoder, of what the stage sends; in the last one of the feature that the

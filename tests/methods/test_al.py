@@ -33,13 +33,20 @@ def test_a_code_goes_from_stage_to_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_text", "given", "activation"),
-    [(False, {}, "sigmoid"), (True, {}, "tanh"), (True, {"activation": "sigmoid"}, "sigmoid")],
+    ("preset", "is_text", "given", "activation"),
+    [
+        ("default", False, {}, "tanh"),
+        ("default", True, {"activation": "sigmoid"}, "sigmoid"),
+        ("paper", False, {}, "sigmoid"),
+        ("paper", True, {}, "tanh"),
+        ("paper", False, {"activation": "tanh"}, "tanh"),
+    ],
 )
-def test_text_has_the_released_activation(
-    is_text: bool, given: dict[str, str], activation: str
+def test_the_preset_paper_has_the_released_activations(
+    preset: str, is_text: bool, given: dict[str, str], activation: str
 ) -> None:
-    (loss,) = make_method("al", options=given, is_text=is_text).losses(FIRST)
+    method = make_method("al", preset=preset, options=given, is_text=is_text)
+    (loss,) = method.losses(FIRST)
     assert loss.options["activation"] == activation
 
 
