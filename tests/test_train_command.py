@@ -25,6 +25,7 @@ LAUNCHER = [sys.executable, "-m", "scpl_compile.runtime.launcher"]
         (["--schedule", "sequential"], 1),
         (["--schedule", "sequential", "--engine", "ranks"], 2),
         (["--engine", "threads"], 1),
+        (["--devices", "foo"], 2),  # which every rank refuses
         (["--engine=threads"], 1),
         (["--help"], 1),
         (["-h"], 1),

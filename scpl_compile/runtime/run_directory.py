@@ -124,8 +124,8 @@ class RunDirectory:
             if options.get(name) != (given := getattr(self._options, name, None)):
                 flag = f"--{name.replace('_', '-')}"
                 raise ProgramError(
-                    f"{self.path} was begun with {flag} {options.get(name)}, not {given}; resume "
-                    "with the same options, or start again with --force"
+                    f"{self.path} was begun with {flag} {_shown(options.get(name))}, not "
+                    f"{_shown(given)}; resume with the same options, or start again with --force"
                 )
 
     @contextmanager
@@ -185,6 +185,10 @@ class RunDirectory:
         """Write result.json: the run is finished."""
         with self._writing():
             self._write_object("result.json", result)
+
+
+def _shown(value: object) -> str:
+    return "''" if value == "" else f"{value}"
 
 
 class Follower:
