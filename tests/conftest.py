@@ -81,6 +81,14 @@ def compiled(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def backpropagation(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of method bp in two stages."""
+    out = tmp_path_factory.mktemp("bp") / "net"
+    compile_model(f"{net_file}:build_model", "1x8x8", num_stages=2, method="bp", out=out)
+    return out
+
+
 @pytest.fixture
 def program(compiled: Path, tmp_path: Path) -> Path:
     """A copy of that program for one test."""

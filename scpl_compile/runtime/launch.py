@@ -15,7 +15,11 @@ from scpl_compile.runtime.program import missing_module
 from scpl_compile.runtime.progress import leads, say
 from scpl_compile.version import __version__
 
-__all__ = ["launch", "versions"]
+__all__ = ["INTERRUPTED", "INTERRUPTED_CODE", "launch", "versions"]
+
+INTERRUPTED = "interrupted; --resume goes on from the last checkpoint, if --save-every made one"
+INTERRUPTED_CODE = 130
+"""What a shell gives for a process that Ctrl-C has ended."""
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -40,8 +44,8 @@ def launch(main: Callable[[], None]) -> None:
             _tell(missing_module(error))
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            say("interrupted; --resume goes on from the last checkpoint, if --save-every made one")
-            raise SystemExit(130) from None
+            say(INTERRUPTED)
+            raise SystemExit(INTERRUPTED_CODE) from None
 
 
 def _tell(error: str) -> None:

@@ -179,7 +179,7 @@ class Meeting:
 
         They meet in the store, not in a barrier: gloo's thread lets go of a barrier's tensors after
         its end, and if Python ends meanwhile, the process is aborted. Rank 0, which may hold the
-        store, goes last; for a rank that ends meanwhile it does not wait long.
+        store, goes last; for a rank that ends meanwhile it waits half a minute at most.
         """
         self.post(f"left/{self.rank}", True)
         for rank in range(self.world_size):

@@ -21,7 +21,7 @@ _LEAST = {"accumulate": 1, "batch_size": 2, "clip_norm": 0, "epochs": 1, "log_ev
           "warmup": 0, "weight_decay": 0}  # fmt: skip
 """A batch of one sample has no positive pair, and BatchNorm no variance."""
 
-_MOST = {"timeout": 1e6}  # seconds; torch counts them in milliseconds of 32 bits or so
+_MOST = {"timeout": 1e6}  # seconds, eleven days; torch fails at 1e10
 
 _CHECKS: Mapping[str, Callable[[str], object]] = {
     "amp": lambda text: StepOptions(amp=text),

@@ -152,7 +152,7 @@ def join(
         meeting.agree({"program": program[:12]}, "copy the same directory to every host")
         meeting.agree(options or {}, "start every rank with the same options")
         return _place(meeting, columns if isinstance(columns, tuple) else columns(), devices)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the others would wait for this rank
         if not isinstance(error, ScplError):
             traceback.print_exception(error)
         meeting.fail(error)

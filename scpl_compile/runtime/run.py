@@ -18,7 +18,7 @@ from scpl_compile.runtime.data import Batch, Loader
 from scpl_compile.runtime.evaluation import accuracy_text, evaluation_facts
 from scpl_compile.runtime.growth import first_steps
 from scpl_compile.runtime.lane import split_devices
-from scpl_compile.runtime.launch import versions
+from scpl_compile.runtime.launch import INTERRUPTED, INTERRUPTED_CODE, versions
 from scpl_compile.runtime.meeting import as_posted
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
@@ -150,8 +150,8 @@ class Run:
             self._ranks.watch.exit()  # at once: a writer may wait for another rank
         if error is None or isinstance(error, SystemExit):
             self._ranks.leave()
-        else:
-            self._ranks.watch.stop()
+        else:  # Ctrl-C; Python's own end would abort a thread that waits inside torch
+            self._ranks.watch.exit(INTERRUPTED if leads() else "", INTERRUPTED_CODE)
 
     # ------------------------------------------------------------------ before the loop
 

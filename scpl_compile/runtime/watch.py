@@ -81,14 +81,14 @@ class Watch:
             with suppress(OSError, ValueError):
                 print(line, file=sys.stderr, flush=True)
 
-    def exit(self, line: str = "") -> NoReturn:
+    def exit(self, line: str = "", code: int = 1) -> NoReturn:
         """Tell it, if there is anything, and end this process, whatever its threads wait for."""
         if line:
             self.tell(line)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(1)
+        os._exit(code)
 
     def _ask(self) -> None:
         while not self._is_over.wait(_POLL_S):

@@ -38,14 +38,6 @@ def three(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def backpropagation(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of method bp in two stages."""
-    out = tmp_path_factory.mktemp("bp") / "net"
-    compile_model(f"{net_file}:build_model", "1x8x8", num_stages=2, method="bp", out=out)
-    return out
-
-
 def as_from_a_terminal() -> None:
     """Whoever runs the tests may ignore Ctrl-C, as a shell does for its background jobs."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -221,15 +213,3 @@ def test_ctrl_c_ends_all(target: list[int], program: Path, tmp_path: Path) -> No
     for rank in target:
         assert ended[rank].code in (130, 1) and "Traceback" not in ended[rank].stderr, ended
     assert all(one.code not in (0, None) for one in ended)
-
-
-def test_a_pause_of_all_ranks_is_no_silence_of_the_store(program: Path, tmp_path: Path) -> None:
-    """As when a laptop, or a batch system, holds them. (gloo's own waits count the pause.)"""
-    options = ("--timeout", TIMEOUT_S)
-    ranks = in_the_middle(program, tmp_path, *options, num_ranks=2)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for rank in ranks:
-            os.kill(rank.process.pid or 0, number)
-        time.sleep(TIMEOUT_S + 1)
-    told = [rank.ended(0).stderr for rank in ranks]
-    assert not any("no answer from the ranks' store" in one for one in told), told

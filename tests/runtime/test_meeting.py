@@ -109,7 +109,12 @@ def test_it_does_not_wait_for_ever() -> None:
 def test_a_fact_is_read_as_it_was_posted_or_refused() -> None:
     with as_posted("mail/1/0"):
         assert {"a": 1}["a"] == 1
-    for slip in (lambda: {}["losses"], lambda: dict(3), lambda: int("x"), lambda: [].losses):  # type: ignore[call-overload,attr-defined]
+    number: Any = 3
+    slips: list[Callable[[], object]] = [
+        lambda: number["losses"], lambda: number.losses, lambda: dict[str, int]()["losses"],
+        lambda: int("x"), lambda: int(float("inf")),
+    ]  # fmt: skip
+    for slip in slips:
         with (
             pytest.raises(TrainingError, match="posted as 'mail/1/0' is none"),
             as_posted("mail/1/0"),
@@ -183,7 +188,8 @@ class NoStore:
 
 
 def test_a_fact_of_a_store_that_is_gone_is_told() -> None:
-    alone = replace(meetings(2)[1], store=NoStore(True))  # type: ignore[arg-type]
+    store: Any = NoStore(True)
+    alone = replace(meetings(2)[1], store=store)
     for call in (
         lambda: alone.post("a", 1),
         lambda: alone.find("a", int),

@@ -150,14 +150,6 @@ def test_replicas_take_their_shares(program: Path) -> None:
     done(train_ranks(program, *options, "--save-every", 2, "--resume", num_ranks=4))
 
 
-@pytest.fixture(scope="module")
-def backpropagation(net_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of method bp in two stages."""
-    out = tmp_path_factory.mktemp("bp") / "net"
-    compile_model(f"{net_file}:build_model", "1x8x8", num_stages=2, method="bp", out=out)
-    return out
-
-
 @pytest.mark.parametrize("schedule", ["bp", "gpipe", "1f1b", "ddp"])
 def test_the_baselines_train(schedule: str, backpropagation: Path) -> None:
     options = [*LONG, "--schedule", schedule, "--run-dir", schedule, "--save-every", 5]

@@ -24,38 +24,16 @@ pytestmark = pytest.mark.timeout(180)
 
 LONG = (*QUICK, "--epochs", "4", "--save-every", "4")  # 16 steps
 NUM_STEPS = 16
-KILLER = """
-import json, os, runpy, signal, sys
-from scpl_compile.runtime import stage_step
-
-kills = json.loads(os.environ["KILLS"])
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-stage, at = kills[attempt] if attempt < len(kills) else (-1, -1)
-forward = stage_step.StageStep.forward
-
-def killed(self, step):
-    if (self.index, step) == (stage, at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    forward(self, step)
-
-stage_step.StageStep.forward = killed
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+KILLER = Path(__file__).parents[2] / "benchmarks" / "faults" / "killer.py"
 
 
-def test_killed_ranks_are_started_again_and_end_with_the_same_bits(
-    program: Path, tmp_path: Path
-) -> None:
+def test_killed_ranks_are_started_again_and_end_with_the_same_bits(program: Path) -> None:
     """Before the first checkpoint, and each of the ranks after one."""
     train_ranks(program, *LONG, "--run-dir", "whole")
-    killer = tmp_path / "killer.py"
-    killer.write_text(KILLER)
     kills = [(1, 2), (0, 9), (1, 13)]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "3", "--monitor-interval", "0.1", str(killer), str(program / "train.py"),
+        "--max-restarts", "3", "--monitor-interval", "0.1", str(KILLER), str(program / "train.py"),
         *LONG, "--run-dir", "restarted",
     ]  # fmt: skip
     environment = os.environ | {"KILLS": json.dumps(kills), "OMP_NUM_THREADS": "1"}
@@ -73,12 +51,10 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bits(
 def test_a_rank_of_another_host_is_started_again_too(program: Path, tmp_path: Path) -> None:
     """Two agents, as on two hosts: only that of the rank that failed counts the restart."""
     train_ranks(program, *LONG, "--run-dir", "whole")
-    killer = tmp_path / "killer.py"
-    killer.write_text(KILLER)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
-        "--max-restarts", "2", "--monitor-interval", "0.1", str(killer), str(program / "train.py"),
+        "--max-restarts", "2", "--monitor-interval", "0.1", str(KILLER), str(program / "train.py"),
         *LONG, "--run-dir", "restarted", "--force",
     ]  # fmt: skip
     environment = os.environ | {"KILLS": json.dumps([(1, 13)]), "OMP_NUM_THREADS": "1"}
