@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from scpl_compile.errors import MethodError, ScplError, TrainingError
 from scpl_compile.runtime.memory import remedy
-from scpl_compile.runtime.watch import Watch, lost_store, wait_for_keys
+from scpl_compile.runtime.rank_watch import Watch, lost_store, wait_for_keys
 
 __all__ = ["TIMEOUT_S", "Meeting", "as_posted", "meet", "reason", "telling_lost_ranks"]
 

@@ -14,9 +14,9 @@ from torch.distributed import DistNetworkError, HashStore, Store
 
 from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime import meeting as meeting_module
-from scpl_compile.runtime import watch as watch_module
+from scpl_compile.runtime import rank_watch as watch_module
 from scpl_compile.runtime.meeting import Meeting, as_posted, reason
-from scpl_compile.runtime.watch import Watch
+from scpl_compile.runtime.rank_watch import Watch
 
 
 class Exited(Exception):

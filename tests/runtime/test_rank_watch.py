@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import DistNetworkError, HashStore
 
 from processes import Ended, start, wait_all
-from scpl_compile.runtime.watch import Watch
+from scpl_compile.runtime.rank_watch import Watch
 
 pytestmark = pytest.mark.timeout(60)
 
