@@ -56,7 +56,9 @@ class Figures:
 def write(results: Path) -> None:
     """Everything beside `results`."""
     figures = Figures.of(read_rows(results))
-    parts = [_accuracies(figures), _costs(figures), _exits(figures), _variants(figures)]
+    parts = [
+        _accuracies(figures), _costs(figures), _exits(figures), _variants(figures), _hours(figures)
+    ]  # fmt: skip
     text = "\n\n".join(part for part in parts if part)
     results.with_name("report.md").write_text(f"# What results.csv says\n\n{text}\n")
     _curves(figures, results.with_name("curves.png"))
@@ -339,3 +341,18 @@ def _added(figures: Figures, task: str, k: int, name: str) -> str:
     own = figures.get(task, k, "equal epochs", name, metric)
     whole = figures.get(task, k, "equal epochs", "bp", metric)
     return f"{100 * (own[0] / whole[0] - 1):+.1f} %" if own and whole else "?"
+
+
+def _hours(figures: Figures) -> str:
+    """What the runs that `main.py` makes by itself took, so far."""
+    seconds = [
+        value
+        for (task, _, _), by_candidate in figures.values.items()
+        for candidate, metrics in by_candidate.items()
+        if task in TASKS and candidate not in VARIANTS
+        for value in metrics.get("processor time", ())
+    ]
+    return (
+        f"{len(seconds)} training runs, {sum(seconds) / 3600:.1f} hours of processor time "
+        "(training and validation; not compiling and the test split)."
+    )
