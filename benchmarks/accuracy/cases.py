@@ -96,7 +96,7 @@ AGREEMENTS = ("agreement:2", "agreement:3")
 ANSWERS: Mapping[str, Candidate] = {
     **{
         f"{name}, batch {size}": Candidate(method=name, batch_size=size)
-        for size in (32, 512, 1024)
+        for size in (32, 1024)
         for name in ("bp", "scpl")
     },
     **{
@@ -138,7 +138,9 @@ _IMAGE_TASKS = ("vgg8", "resnet18")
 GROUPS: Mapping[str, Group] = {
     "methods": Group(candidates=METHODS, tasks=tuple(TASKS), num_stages=(2, 4)),
     "exits": Group(candidates=WITH_EXITS, tasks=_IMAGE_TASKS, num_stages=(4,)),
-    "losses": Group(candidates={"scpl": METHODS["scpl"]}, tasks=("resnet18",), num_stages=(8,)),
+    "losses": Group(
+        candidates={"scpl": METHODS["scpl"]}, tasks=("resnet18",), num_stages=(8,), seeds=1
+    ),
     "answers": Group(candidates=ANSWERS, tasks=("resnet18",), num_stages=(2,), seeds=1),
     "variants": Group(candidates=VARIANTS, tasks=_IMAGE_TASKS, num_stages=(2, 4), seeds=1),
 }

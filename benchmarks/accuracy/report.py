@@ -285,7 +285,7 @@ def _answers(figures: Figures, path: Path) -> None:
         {"scpl": [(k, test(k=k, candidate="bp" if k == 1 else "scpl")) for k in (1, 2, 4, 8)]},
         "stages, each with a loss (1: backpropagation)",
     )
-    sizes = (32, 128, 512, 1024)
+    sizes = (32, 128, 1024)
     batches = {
         name: [(b, test(k=2, candidate=name if b == 128 else f"{name}, batch {b}")) for b in sizes]
         for name in ("bp", "scpl")
