@@ -98,8 +98,9 @@ def _accuracies(figures: Figures) -> str:
 def _costs(figures: Figures) -> str:
     lines = [
         "What the heads add, for one training step: parameters, FLOPs (matrix products and "
-        "convolutions, forward and backward), peak memory of one process; a step of `stream` on "
-        "two ranks over one of bp on the same two.",
+        "convolutions, forward and backward). Memory of one process: parameters, gradients and "
+        "optimizer, + what a step takes besides. A step of `stream` on two ranks over one of bp "
+        "on the same two.",
         "",
         "| model | method | K | parameters | FLOPs | memory, MiB | step over bp's |",
         "|---|---|---|---|---|---|---|",
@@ -120,10 +121,10 @@ def _cost_line(figures: Figures, task: str, name: str, k: int) -> list[str]:
     if None in (flops, whole, heads, model):
         return []
     assert flops and whole and model and heads is not None, "checked above"
-    share, memory = one("step time over bp's"), one("peak memory")
+    share, memory, step = one("step time over bp's"), one("memory held"), one("peak memory")
     told = "" if share is None or name == "bp" else f"{share:.2f}"
     added = f"+{100 * heads / model:.1f} % | {100 * (flops / whole - 1):+.1f} %"
-    return [f"| {task} | {name} | {k} | {added} | {memory:.0f} | {told} |"]
+    return [f"| {task} | {name} | {k} | {added} | {memory:.0f} + {step:.0f} | {told} |"]
 
 
 def _curve(figures: Figures, task: str, k: int, name: str) -> list[float]:

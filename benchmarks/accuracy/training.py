@@ -1,6 +1,7 @@
 """One training run, from a model with random weights to its rows."""
 
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from scpl_compile.runtime.batch import named_inputs
 from scpl_compile.runtime.data import Batch, Loader
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.stage import as_tuple
+from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["compile_case", "cost_rows", "train_rows"]
 
@@ -88,7 +90,9 @@ def _exit_curve(trainer: Trainer, loader: Loader) -> list[tuple[str, float]]:
 
 
 def cost_rows(case: Case) -> list[dict[str, object]]:
-    """What the heads add to one training step, and the memory that a step takes."""
+    """What the heads add to one training step, the memory held between steps, and what a step
+    takes on top of it.
+    """
     torch.set_num_threads(1)
     program = compile_case(case)
     loader = _loader(case, program)
@@ -104,13 +108,27 @@ def cost_rows(case: Case) -> list[dict[str, object]]:
         peak, _ = peak_memory(step)
         whole = sum(p.numel() for p in trainer.model.parameters())
         all_stages = {id(p): p.numel() for s in trainer._stages for p in s.module.parameters()}
+        held = sum(tensor.nbytes for stage in trainer._stages for tensor in _tensors(stage))
     flops = _flops(case, program, batch)
     return [
         _row(case, "parameters of heads", "", sum(all_stages.values()) - whole),
         _row(case, "parameters of the model", "", whole),
         _row(case, "FLOPs of a training step", "MFLOP", flops / 1e6),
+        _row(case, "memory held", "MiB", held / 2**20),
         _row(case, "peak memory", "MiB", peak),
     ]
+
+
+def _tensors(stage: StageStep) -> Iterator[Tensor]:
+    """What a stage keeps from step to step."""
+    for parameter in stage.module.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from stage.module.buffers()
+    if stage.optimizer is not None:
+        for state in stage.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _flops(case: Case, program: Program, batch: Batch) -> float:
