@@ -31,10 +31,11 @@ from scpl_compile.runtime.program import (
     assemble,
     load_stages,
     read_plan,
+    untrained_notice,
     write_verification,
 )
 from scpl_compile.runtime.progress import say
-from scpl_compile.runtime.run_directory import trained_in, trained_steps
+from scpl_compile.runtime.run_directory import trained_by_another, trained_in, trained_steps
 from scpl_compile.runtime.trainer import Trainer
 from scpl_compile.sources import (
     Inputs,
@@ -254,11 +255,8 @@ def _plan(
         task=task,
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
-    if plan.untrained:
-        say(
-            f"method {plan.method!r} leaves the model's own classifier untrained "
-            f"({', '.join(plan.untrained)}): evaluate with the program, not with the model"
-        )
+    if notice := untrained_notice(plan):
+        say(notice)
     return _Planned(
         plan=plan, model=module, capture=coarse, stage_of=coarse_stage_of, output=cutting.output
     )
@@ -312,8 +310,8 @@ def evaluate_program(
     The result's steps are those of the run that wrote the weights, None for any other file.
 
     Raises:
-        ProgramError: the program or its weights are missing or damaged; with an exit_rule, those
-            of its exits; these are of another step.
+        ProgramError: the program or its weights are missing or damaged, or those of its own run
+            are of another plan; with an exit_rule, those of its exits; these are of another step.
         MethodError: the exit_rule is none, or the method has one exit; there is no such amp.
     """
     plan = read_plan(directory)
@@ -323,6 +321,10 @@ def evaluate_program(
             f"{path} is missing; train first: python {directory / 'train.py'}, or name "
             "--run-dir or --weights"
         )
+    if other := trained_by_another(path, plan.digest):
+        if weights is None:
+            raise ProgramError(f"{other}; train again, or name the file with --weights")
+        say(other)
     stages = load_stages(directory, plan)
     loader = open_loader(plan, data, batch_size=batch_size)
     names = split_devices(devices, plan.num_stages)

@@ -57,9 +57,10 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--gpus", type=click.IntRange(min=1), metavar="N",
                      help="Plan for N GPUs, here or on another machine."),
         click.option("--method", default="scpl", metavar="NAME", show_default=True,
-                     help="scpl, bp, early_exit; gpipe, 1f1b, zb, ddp: bp with that schedule."),
+                     help="scpl, bp, early_exit, al, predsim, deinforeg, dascpl, or file.py:Class "
+                          "of your own; gpipe, 1f1b, zb, ddp: bp with that schedule."),
         click.option("--preset", default="default", metavar="NAME", show_default=True,
-                     help="default, or paper: the algorithm as released."),
+                     help="default, or paper: scpl as released; al with its activations."),
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
                      help="Of heads and losses: head=mlp, pooling=avg:4, temperature=0.1, …"),
         click.option("--config", default="", metavar="KEY=VALUE,…",

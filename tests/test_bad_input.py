@@ -365,7 +365,10 @@ def labels(tmp_path: Path) -> Path:
         (("--augment", "wild"), r"augment 'wild' is not one of none, basic, strong"),
         (("--optimizer", "magic"), r"optimizer 'magic' is not one of adadelta, .*sgd"),
         (("--lr", "-1"), r"optimizer 'adam' refuses lr=-1\.0"),
-        (("--schedule", "magic"), r"schedule 'magic' does not go with method 'scpl', which allows"),
+        (
+            ("--schedule", "magic"),
+            r"schedule 'magic' is not one of stream, in_step, sequential",
+        ),
         (
             ("--schedule", "bp"),
             r"schedule 'bp' does not go with .*compile with: scpl compile .*net\.py:build_model "

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from scpl_compile.cli import main
 from scpl_compile.ir import Plan, from_json
+from scpl_compile.methods import BP_SCHEDULES, METHODS
 from scpl_compile.runtime.program import read_plan
 from scpl_compile.runtime.step_options import StepOptions
 from scpl_compile.version import __version__
@@ -56,6 +57,12 @@ def test_help_comes_at_once_and_without_torch(environment: dict[str, str]) -> No
     commands = text.split("Commands:")[1]
     assert "..." not in commands  # no sentence is cut off at 80 columns
     assert seconds < 0.3
+
+
+def test_help_names_every_method(scpl: Scpl) -> None:
+    text = scpl("compile", "--help").stdout.split("--method")[1].split("--preset")[0]
+    assert set(text.replace(",", " ").replace(";", " ").split()) >= {*METHODS, "file.py:Class"}
+    assert {*BP_SCHEDULES} <= {*text.replace(",", " ").replace(":", " ").split()}
 
 
 def test_a_program_imports_only_what_it_needs(program: Path, environment: dict[str, str]) -> None:

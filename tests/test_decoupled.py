@@ -96,6 +96,25 @@ def test_an_emitted_program_trains_and_is_evaluated(
         assert evaluated.get(key) == trained.get(key)
 
 
+def test_weights_of_another_plans_run_are_not_taken_for_its_own(
+    scpl: Callable[..., Any], train: Callable[..., Any], net_file: Path, tmp_path: Path
+) -> None:
+    """As after `scpl compile --force` with another method: run/ stays where it is."""
+    out = tmp_path / "out"
+    make = ("compile", f"{net_file}:build_model", "--input", "1x8x8", "--stages", 3, "-o", out)
+    scpl(*make, "--method", "al", "--no-verify")
+    ran = train(out, "--data", "random:48", "--steps", 1)
+    assert "method 'al' leaves the model's own classifier untrained (" in ran.stderr
+    scpl(*make, "--no-verify", "--force")
+    told = r"final\.safetensors is of a run of another plan \(\w{12}\), which left the model's own"
+    refused = scpl("evaluate", out, "--data", "random:48")
+    assert refused.exit_code == 1
+    assert re.search(told + r".*; train again, or name the file with --weights", refused.stderr)
+    named = ("--weights", out / "run" / "final.safetensors")
+    taken = scpl("evaluate", out, "--data", "random:48", *named)
+    assert taken.exit_code == 0 and re.search(told, taken.stderr)
+
+
 def test_exits_are_evaluated_only_where_their_weights_are(
     scpl: Callable[..., Any], train: Callable[..., Any], net_file: Path, tmp_path: Path
 ) -> None:

@@ -19,8 +19,6 @@ __all__ = [
     "HeadSpec",
     "Shapes",
     "TensorPath",
-    "head_flops",
-    "head_parameters",
     "option_error",
     "projection_flops",
     "projection_parameters",
@@ -288,21 +286,3 @@ def projection_flops(kind: str, in_features: int, *, hidden: int, out: int, batc
     if kind in ("mlp", "mlp-bn"):
         return 2 * batch_size * hidden * (in_features + out)
     return 0 if kind == "identity" else 2 * batch_size * in_features * out
-
-
-def head_parameters(spec: HeadSpec, in_shapes: Shapes) -> int:
-    """Elements of the parameters of the `Head` that `spec` describes."""
-    spec = spec.resolve(in_shapes)
-    width = trunk_features(spec, in_shapes)
-    projection = projection_parameters(spec.projection, width, hidden=spec.hidden, out=spec.out)
-    return trunk_parameters(spec, in_shapes) + projection
-
-
-def head_flops(spec: HeadSpec, in_shapes: Shapes, batch_size: int) -> int:
-    """Forward FLOPs of the `Head` that `spec` describes; what counts, see `trunk_flops`."""
-    spec = spec.resolve(in_shapes)
-    width = trunk_features(spec, in_shapes)
-    projection = projection_flops(
-        spec.projection, width, hidden=spec.hidden, out=spec.out, batch_size=batch_size
-    )
-    return trunk_flops(spec, in_shapes, batch_size) + projection

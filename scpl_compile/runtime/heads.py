@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scpl_compile.errors import MethodError
-from scpl_compile.ir import Scalar
 from scpl_compile.runtime.head_spec import HeadSpec, Shapes, TensorPath, tensor_paths
 
-__all__ = ["Head", "Projection", "Trunk", "in_dtype_of"]
+__all__ = ["Projection", "Trunk", "in_dtype_of"]
 
 
 def _batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -172,33 +171,3 @@ class Projection(nn.Module):
             x = self.hidden(in_dtype_of(x, self.hidden))
             x = F.relu(x if self.norm is None else _batch_norm(self.norm, x))
         return x if self.out is None else self.out(in_dtype_of(x, self.out))
-
-
-class Head(nn.Module):
-    """Trunk and projection in one module, for losses that read nothing but the projection.
-
-    Example::
-
-        head = Head("mlp", in_shapes=((128, 8, 8),), hidden=512, out=1024, pooling="avg:4")
-        z = head(layer2)  # (B, 1024)
-    """
-
-    def __init__(
-        self,
-        head: str,
-        *,
-        in_shapes: Shapes,
-        batch_dims: Sequence[int] = (),
-        **options: Scalar,
-    ) -> None:
-        super().__init__()
-        spec = HeadSpec.from_options({"head": head, **options}).resolve(in_shapes)
-        self.trunk = Trunk(spec, in_shapes, batch_dims=batch_dims)
-        self.projection = Projection(
-            spec.projection, self.trunk.out_features, hidden=spec.hidden, out=spec.out
-        )
-
-    def forward(self, *features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, out); for identity (B, length of the pooled vector). mask: see Trunk."""
-        vector: Tensor = self.projection(self.trunk(*features, mask=mask))
-        return vector

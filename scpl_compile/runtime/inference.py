@@ -49,12 +49,21 @@ class ExitRule:
         """The rule `text` for a program.
 
         Raises:
-            MethodError: `text` is no rule, or the program has one exit.
+            MethodError: `text` is no rule, or the program has too few exits for it.
         """
-        if not any(step.endswith("X") for step in plan.inference):
+        rule = replace(cls.parse(text), is_multi_label=plan.task == MULTI_LABEL)
+        num_early = sum(step.endswith("X") for step in plan.inference)
+        if not num_early:
+            why = "one stage" if plan.num_stages == 1 else f"method {plan.method!r}"
             raise MethodError(
-                f"method {plan.method!r} has one exit, so no rule {text!r} of leaving early; "
-                "methods early_exit, dascpl and deinforeg have one for each stage"
+                f"a program of {why} has one exit, so no rule {text!r} of leaving early; methods "
+                "early_exit, dascpl and deinforeg have one for each of several stages"
+            )
+        if rule.kind == "agreement" and rule.limit > num_early:
+            raise MethodError(
+                f"exit rule {text!r} asks for {rule.limit:.0f} exits before the last one, and this "
+                f"program has {num_early}; compile with --stages {rule.limit + 1:.0f} or more, or "
+                "use confidence:P"
             )
         for cut in plan.cuts:
             for crossing in cut.crossings:
@@ -63,7 +72,7 @@ class ExitRule:
                         f"{crossing.name!r} crosses cut {cut.index} and has no batch dimension, so "
                         "no sample can leave before it; cut elsewhere with --split-at"
                     )
-        return replace(cls.parse(text), is_multi_label=plan.task == MULTI_LABEL)
+        return rule
 
     @classmethod
     def parse(cls, text: str) -> "ExitRule":

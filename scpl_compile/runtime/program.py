@@ -44,6 +44,7 @@ __all__ = [
     "read_plan",
     "read_verification",
     "save_weights",
+    "untrained_notice",
     "write_verification",
 ]
 
@@ -116,6 +117,16 @@ def _read_stamp(stages: Path) -> str:
             f"{_REMEDY}, or install that version"
         )
     return digest
+
+
+def untrained_notice(plan: Plan) -> str:
+    """What a user of the trained weights must know; "" where everything is trained."""
+    if not plan.untrained:
+        return ""
+    return (
+        f"method {plan.method!r} leaves the model's own classifier untrained "
+        f"({', '.join(plan.untrained)}): evaluate with the program, not with the model"
+    )
 
 
 def read_verification(directory: Path, plan: Plan) -> Verification:

@@ -22,7 +22,7 @@ from scpl_compile.runtime.launch import INTERRUPTED, INTERRUPTED_CODE, versions
 from scpl_compile.runtime.meeting import as_posted
 from scpl_compile.runtime.open_loader import open_loader
 from scpl_compile.runtime.options import Options
-from scpl_compile.runtime.program import read_plan
+from scpl_compile.runtime.program import read_plan, untrained_notice
 from scpl_compile.runtime.progress import Progress, leads, say
 from scpl_compile.runtime.ranks import Ranks, join, rank_options, wants_ranks
 from scpl_compile.runtime.run_directory import Follower, RunDirectory
@@ -153,8 +153,6 @@ class Run:
         else:  # Ctrl-C; Python's own end would abort a thread that waits inside torch
             self._ranks.watch.exit(INTERRUPTED if leads() else "", INTERRUPTED_CODE)
 
-    # ------------------------------------------------------------------ before the loop
-
     def open_data(self) -> Loader:
         """The loader of --data; checks shapes and labels before anything is trained."""
         options = self.options
@@ -236,8 +234,6 @@ class Run:
     def is_done(self) -> bool:
         """Whether all steps are submitted."""
         return self._trainer.num_steps >= self._total_steps
-
-    # ------------------------------------------------------------------ in the loop
 
     def after_step(self, batch: Batch) -> None:
         """Looks at the losses every --log-every steps, saves every --save-every steps."""
@@ -350,8 +346,6 @@ class Run:
         self._restart_interval()
         self._start += time.perf_counter() - start  # as if training had begun so much later
 
-    # ------------------------------------------------------------------ after the loop
-
     def finish(self, loader: Loader) -> dict[str, Any]:
         """Drain, write final.safetensors, read the test split once, write and print the result."""
         trainer = self._trainer
@@ -359,7 +353,7 @@ class Run:
         seconds = time.perf_counter() - self._start
         self._log()
         trainer.wait_saved()
-        self._files.save_final(trainer.state_dict(), trainer.num_steps)
+        self._files.save_final(trainer.state_dict(), trainer.num_steps, self.plan.untrained)
         trainer.save_exits(self.directory)
         self._stack.close()
         if self.options.trace:  # now that the workers have told of their last actions too
@@ -389,6 +383,8 @@ class Run:
             f"{accuracy_text(result)} on the test split after {result['steps']} steps, "
             f"{f'{rate:.0f} samples/s; ' if rate is not None else ''}weights in {self._files.final}"
         )
+        if notice := untrained_notice(self.plan):
+            say(notice)
         if self.options.json and leads():
             print(json.dumps(result), flush=True)
 

@@ -14,7 +14,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.options import Options
 
-__all__ = ["Follower", "RunDirectory", "trained_in", "trained_steps"]
+__all__ = ["Follower", "RunDirectory", "trained_by_another", "trained_in", "trained_steps"]
 
 _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "optimizer_options",
              "weight_decay", "lr", "lr_schedule", "warmup", "clip_norm", "accumulate",
@@ -170,9 +170,13 @@ class RunDirectory:
         with self._writing(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_lines(rows))
 
-    def save_final(self, state: Mapping[str, Tensor], num_steps: int) -> None:
-        """Write the trained weights, and what they are of."""
-        facts = {"plan": self._plan_digest, "steps": num_steps}
+    def save_final(
+        self, state: Mapping[str, Tensor], num_steps: int, untrained: Sequence[str] = ()
+    ) -> None:
+        """Write the trained weights, and what they are of; untrained: parameters that are not."""
+        facts: dict[str, Any] = {"plan": self._plan_digest, "steps": num_steps}
+        if untrained:
+            facts["untrained"] = list(untrained)
         with self._writing():  # one key: the order of several is not kept in the file
             checkpoint.save_tensors(self.final, state, {"run": json.dumps(facts)})
 
@@ -208,7 +212,9 @@ class Follower:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Nothing."""
 
-    def save_final(self, state: Mapping[str, Tensor], num_steps: int) -> None:
+    def save_final(
+        self, state: Mapping[str, Tensor], num_steps: int, untrained: Sequence[str] = ()
+    ) -> None:
         """Nothing."""
 
     def save_trace(self, trace: Mapping[str, Any]) -> None:
@@ -224,12 +230,34 @@ def trained_steps(weights: Path, plan_digest: str) -> int | None:
     Raises:
         ProgramError: the file is missing or damaged.
     """
+    facts = _written_with(weights)
+    steps = facts.get("steps")
+    is_ours = facts.get("plan") == plan_digest and type(steps) is int and 0 <= steps <= 2**53
+    return steps if is_ours else None
+
+
+def trained_by_another(weights: Path, plan_digest: str) -> str:
+    """A sentence where a run of another plan wrote `weights`; "" for any other file.
+
+    Raises:
+        ProgramError: the file is missing or damaged.
+    """
+    facts = _written_with(weights)
+    plan, untrained = facts.get("plan"), facts.get("untrained")
+    if not isinstance(plan, str) or plan == plan_digest:
+        return ""
+    names = ", ".join(map(str, untrained)) if isinstance(untrained, list) else ""
+    left = f", which left the model's own classifier untrained ({names})" if names else ""
+    return f"{weights} is of a run of another plan ({plan[:12]}){left}"
+
+
+def _written_with(weights: Path) -> dict[str, Any]:
+    """What `save_final` wrote beside the weights; {} for any other file."""
     try:
         facts = json.loads(checkpoint.read_metadata(weights).get("run", ""))
-        steps, plan = facts["steps"], facts["plan"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return steps if plan == plan_digest and type(steps) is int and 0 <= steps <= 2**53 else None
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def trained_in(weights: Path, plan_digest: str) -> dict[str, Any]:

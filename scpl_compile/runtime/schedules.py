@@ -16,21 +16,25 @@ __all__ = [
 WHOLE = "ddp"
 """The unsplit model on every rank, each with its share of the batch."""
 _ON_RANKS = (*PIPELINES, WHOLE)
+_CUT = ("stream", "in_step", "sequential")
+_JOINED = ("bp", *_ON_RANKS)
 
 
 def allowed_schedules(plan: Plan) -> tuple[str, ...]:
     """The schedules that the plan's method allows; the first is the default in one process."""
     if plan.method != "bp":
-        return ("stream", "in_step", "sequential")
-    return ("bp", *_ON_RANKS)
+        return _CUT
+    return _JOINED
 
 
 def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
     """`schedule`, where the plan allows it here.
 
     Raises:
-        MethodError: the method has no such schedule; it needs ranks.
+        MethodError: there is no such schedule; the method does not allow it; it needs ranks.
     """
+    if schedule not in (known := (*_CUT, *_JOINED)):
+        raise MethodError(f"schedule {schedule!r} is not one of {', '.join(known)}")
     allowed = allowed_schedules(plan)
     if schedule not in allowed:
         raise MethodError(
@@ -69,7 +73,7 @@ def num_ranks(schedule: str, num_stages: int) -> int:
 
 def _compile_again(plan: Plan, schedule: str) -> str:
     """How to get a program of the same model that allows `schedule`."""
-    method = "bp" if schedule in ("bp", *_ON_RANKS) else "scpl"
+    method = "bp" if schedule in _JOINED else "scpl"
     if plan.source is None:
         return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
     plain = {k: v for k, v in plan.source.config.items() if isinstance(v, (bool, int, float, str))}

@@ -152,7 +152,8 @@ class Trainer:
         self._max_events = None if record_events else kept
         self._engine = self._start_engine(0, actions)
         self._saver = Saver(self._stages, plan.num_stages, self._is_saved)
-        self._has_warned = False
+        contrasts = [loss.options.get("contrast") for one in plan.stages for loss in one.losses]
+        self._has_warned = not any(contrasts)  # without one, labels may be all the same
 
     def _resolve_devices(self, names: tuple[str, ...]) -> tuple[torch.device, ...]:
         """The device of every stage."""

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
-from scpl_compile.runtime.head_spec import HeadSpec, head_flops, head_parameters
-from scpl_compile.runtime.heads import Head
+from scpl_compile.runtime.head_spec import HeadSpec
+from whole_head import Head, head_flops, head_parameters
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 6)),

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from scpl_compile.errors import MethodError
 from scpl_compile.runtime.head_spec import HeadSpec
-from scpl_compile.runtime.heads import Head, Trunk
+from scpl_compile.runtime.heads import Trunk
+from whole_head import Head
 
 
 def pooled(x, pooling, *, mask=None, batch_dim=0, layout="auto"):

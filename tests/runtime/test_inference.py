@@ -49,8 +49,10 @@ def left_at(rule: ExitRule, logits: list[Tensor]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(n, r) for n in NETS for r in RULES if r != "agreement:3" or NETS[n] > 3],
+)
 def test_a_sample_leaves_by_the_first_exit_that_is_trusted(name: str, rule: str) -> None:
     inputs = inputs_of(name)
     with trainer_of(name) as trainer:
@@ -152,6 +154,20 @@ def test_a_method_with_one_exit_has_no_rule() -> None:
             trainer.predict_early(inputs_of("cnn"), "agreement:2")
         with pytest.raises(MethodError, match="has one exit"):
             trainer.evaluate([], exit_rule="agreement:2")
+    with (
+        compiled("cnn", 1, method="early_exit").program.trainer() as trainer,
+        pytest.raises(MethodError, match="a program of one stage has one exit, so no rule"),
+    ):
+        trainer.predict_early(inputs_of("cnn"), "agreement:2")
+
+
+def test_a_rule_that_asks_for_more_exits_than_there_are_is_refused() -> None:
+    with (
+        trainer_of("lstm") as trainer,
+        pytest.raises(MethodError, match=r"3 exits before the last one, and this program has 2; "
+                                         "compile with --stages 4 or more"),
+    ):  # fmt: skip
+        trainer.predict_early(inputs_of("lstm"), "agreement:3")
 
 
 def test_evaluation_of_nothing_is_an_error() -> None:
@@ -190,4 +206,4 @@ def test_no_sample_leaves_before_a_tensor_without_a_batch_dimension() -> None:
     program = compile_model(Rows(), "6x8", split_at=("mean",), method="early_exit")
     assert any(c.meta.batch_dim is None for c in program.plan.cuts[0].crossings)
     with program.trainer() as trainer, pytest.raises(MethodError, match="has no batch dimension"):
-        trainer.predict_early(torch.randn(4, 6, 8), "agreement:2")
+        trainer.predict_early(torch.randn(4, 6, 8), "confidence:0.9")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_compile.errors import MethodError
-from scpl_compile.runtime.head_spec import HeadSpec, head_parameters
+from scpl_compile.runtime.head_spec import HeadSpec
 from scpl_compile.runtime.loss_options import (
     PAPER,
     LossOptions,
@@ -17,6 +17,7 @@ from scpl_compile.runtime.loss_options import (
     objective_parameters,
 )
 from scpl_compile.runtime.losses import LocalLoss
+from whole_head import head_parameters
 
 WEIGHTS = st.sampled_from(((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0, 1)))
 OPTIONS = st.fixed_dictionaries(

@@ -11,7 +11,13 @@ import torch
 
 from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
-from scpl_compile.runtime.run_directory import _COMPARED, RunDirectory, _rows_before, trained_steps
+from scpl_compile.runtime.run_directory import (
+    _COMPARED,
+    RunDirectory,
+    _rows_before,
+    trained_by_another,
+    trained_steps,
+)
 
 RESULT = {"accuracy": 0.5, "samples_per_second": None, "steps": 7}
 
@@ -90,8 +96,20 @@ def test_weights_know_the_steps_of_their_own_plans_run(tmp_path: Path) -> None:
     ):  # fmt: skip
         checkpoint.save_tensors(tmp_path / "x", {"w": torch.ones(1)}, metadata)
         assert trained_steps(tmp_path / "x", "digest") is None
+        assert trained_by_another(tmp_path / "x", "digest") == ""
     with pytest.raises(ProgramError, match="none is damaged"):
         trained_steps(tmp_path / "none", "digest")
+
+
+def test_weights_of_another_plans_run_are_told(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert trained_by_another(run.final, "digest") == ""
+    told = f"{run.final} is of a run of another plan (digest)"
+    assert trained_by_another(run.final, "another") == told
+    run.save_final({"w": torch.ones(2)}, 7, ("fc.weight", "fc.bias"))
+    assert trained_by_another(run.final, "another") == (
+        f"{told}, which left the model's own classifier untrained (fc.weight, fc.bias)"
+    )
 
 
 def test_rows_that_a_run_cannot_have_written_are_dropped(tmp_path: Path) -> None:

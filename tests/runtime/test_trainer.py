@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scpl_compile.errors import DataError, MethodError, TrainingError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.lane import default_threads
+from small_nets import compiled
 from stage_nets import (
     BATCH_SIZE,
     WIDTH,
@@ -203,15 +204,18 @@ def test_two_views_of_every_sample_share_its_label() -> None:
     assert differences(*found) == []
 
 
-def test_a_batch_of_one_class_warns_once() -> None:
-    x, _ = batches(1)[0]
-    with make_trainer() as trainer:
-        with pytest.warns(UserWarning, match="all labels of a batch are 2") as caught:
-            trainer.step(x, torch.full((BATCH_SIZE,), 2))
-        assert Path(caught[0].filename).name == "test_trainer.py"
+@pytest.mark.parametrize("method", ["scpl", "deinforeg", "predsim", "bp"])
+def test_a_batch_of_one_class_warns_once_where_a_loss_contrasts(method: str) -> None:
+    found = compiled("cnn", 2, method=method)
+    inputs, _ = found.batches[0]
+    with found.program.trainer() as trainer:
+        if method in ("scpl", "deinforeg"):
+            with pytest.warns(UserWarning, match="all labels of a batch are 2") as caught:
+                trainer.step(inputs, torch.full((len(inputs[0]),), 2))
+            assert Path(caught[0].filename).name == "test_trainer.py"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            trainer.step(x, torch.full((BATCH_SIZE,), 1))
+            trainer.step(inputs, torch.full((len(inputs[0]),), 1))
         trainer.drain()
 
 
