@@ -55,10 +55,17 @@ def _count(plan: Plan, arguments: Sequence[str]) -> int:
 
 
 def run_command(command: Sequence[str]) -> int:
-    """Its exit code. SIGTERM goes on to it, which then ends with a checkpoint (termination.py)."""
+    """Its exit code. SIGTERM goes on to it, which then ends with a checkpoint (termination.py).
+
+    Ctrl-C reaches it by itself: the terminal sends it to both, and this one waits for its end.
+    """
     with subprocess.Popen(command) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        }
         try:
             return process.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,5 +1,8 @@
 """How `scpl train` starts a program: in one process, or on ranks where that pays."""
 
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,3 +89,24 @@ def test_what_is_no_program(program: Path, tmp_path: Path) -> None:
     (program / "plan.json").write_text("{}")
     with pytest.raises(ProgramError, match="compile again with --force"):
         train_command(program, [])
+
+
+def test_ctrl_c_waits_for_the_end_of_what_was_started(environment: dict[str, str]) -> None:
+    """As from a terminal, whose SIGINT reaches the whole process group."""
+    child = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(end())); "
+        "end = lambda: time.sleep(0.6) or print('ended', flush=True) or 7; "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import sys; from scpl_compile.train_command import run_command; "
+        f"sys.exit(run_command([sys.executable, '-c', {child!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == 7
+        assert process.stdout.read() == "ended\n"
