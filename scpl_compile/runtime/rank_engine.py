@@ -96,6 +96,7 @@ class RankEngine:
         step, key = self.num_steps, batch_key(values, labels)
         self.num_steps += 1
         if step < self._starts[self.stage.index]:
+            self._rest(step)
             return
         if self._inbox is None:
             self._run(step, values, labels, key)
@@ -134,6 +135,14 @@ class RankEngine:
     def close(self) -> None:
         """Nothing runs between two calls; what was submitted and not drained is lost."""
         self._pending = None
+
+    def _rest(self, step: int) -> None:
+        """Wait for the update of the stage before: who rests goes no faster than who trains."""
+        before = self._ranks.rank_of(self.stage.index - 1)
+        with telling_lost_ranks(self._name):
+            with self.stage.activity.waiting():
+                dist.recv(torch.empty(1, dtype=torch.int64), before, tag=_TOKENS + step)
+            self._send_tokens(step, self._resting(step))
 
     # ------------------------------------------------------------------ one step
 
@@ -199,19 +208,31 @@ class RankEngine:
         self._passed = awaited
 
     def _open_gates(self, step: int) -> None:
-        """Tell every rank whose F waits for this update; the messages are one number."""
+        """Tell every rank whose F waits for this update, and the next one if it rests."""
         mine = Action(self.stage.index, "U", step)
-        for other in range(len(self._ranks.columns)):
-            if other != mine.stage and any(
-                mine in self._gates(other, later) for later in (step, step + 1)
-            ):
-                token = torch.tensor([step])
-                to = self._ranks.rank_of(other)
-                self._tokens.append((step, dist.isend(token, to, tag=_TOKENS + step)))
+        waiting = [
+            other
+            for other in range(len(self._ranks.columns))
+            if other != mine.stage
+            and any(mine in self._gates(other, later) for later in (step, step + 1))
+        ]
+        self._send_tokens(step, [*waiting, *self._resting(step)])
+
+    def _resting(self, step: int) -> list[int]:
+        """The stage behind this one, if it rests in this step."""
+        after = self.stage.index + 1
+        return [after] if after < len(self._starts) and step < self._starts[after] else []
+
+    def _send_tokens(self, step: int, stages: Sequence[int]) -> None:
+        """Messages of one number."""
+        for stage in stages:
+            token, to = torch.tensor([step]), self._ranks.rank_of(stage)
+            self._tokens.append((step, dist.isend(token, to, tag=_TOKENS + step)))
         while self._tokens and self._tokens[0][0] < step - 1:
             _, work = self._tokens.popleft()
             if work is not None:
-                work.wait()  # at once: this step began when all had received the one before
+                # At once: this step began when all had received the one before; who rests may lag.
+                work.wait()
 
     def _gates(self, stage: int, step: int) -> tuple[Action, ...]:
         if step < self._starts[stage]:

@@ -1,6 +1,7 @@
 """Stages that join later: until then they rest, and nothing else changes."""
 
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,36 @@ def test_ranks_agree_with_one_process(unet: Path, tmp_path: Path) -> None:
             for name, value in own.items():
                 same = torch.equal if isinstance(value, Tensor) else (lambda a, b: a == b)
                 assert same(value, expected[name]), name  # type: ignore[arg-type]
+
+
+def paced(directory: Path, results: Path) -> None:
+    """When each of 6 steps began and returned here; the first stage's batches come slowly."""
+    ranks = join((0, 1, 2), ["cpu"], read_plan(directory).digest, {})
+    times = []
+    batch = (torch.randn(6, 3, 16, 16), torch.arange(6) % 4)
+    with load_stages(directory, read_plan(directory)).build_trainer(
+        starts=(0, 4, 5), ranks=ranks
+    ) as trainer:
+        for _ in range(6):
+            time.sleep(0.15 if ranks.rank == 0 else 0)
+            start = time.monotonic()
+            trainer.step(*batch)
+            times.append((start, time.monotonic()))
+        trainer.drain()
+    (results / str(ranks.rank)).write_bytes(pickle.dumps(times))
+    ranks.leave()
+
+
+def test_a_rank_that_rests_goes_no_faster_than_the_first(unet: Path, tmp_path: Path) -> None:
+    """Else it would wait in a barrier for the length of an epoch, write the checkpoints of all of
+    it, and hear of SIGTERM in a step that the others do not reach.
+    """
+    ended = wait_all(start(paced, [(unet, tmp_path)] * 3, tmp_path / "logs"))
+    assert [one.code for one in ended] == [0] * 3, ended
+    first, *others = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(3))
+    for times in others:
+        for step in range(4):
+            assert times[step][1] > first[step][0]
 
 
 # ---------------------------------------------------------------------- the program
