@@ -22,6 +22,7 @@ from scpl_compile.errors import EmitError, ProgramError, SourceError
 from scpl_compile.ir import SINGLE_LABEL, InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
 from scpl_compile.methods.plan import PlanFacts, build_plan
+from scpl_compile.runtime.engine import while_all_rest
 from scpl_compile.runtime.evaluation import evaluation_facts
 from scpl_compile.runtime.lane import default_threads, split_devices
 from scpl_compile.runtime.launch import versions
@@ -94,7 +95,8 @@ class Program:
 
 def plan_model(model: nn.Module | str, inputs: Inputs | None = None, **options: Any) -> Plan:
     """Where the model would be cut and what every stage would cost; options as compile_model."""
-    return _plan(model, inputs, **options).plan
+    with while_all_rest():
+        return _plan(model, inputs, **options).plan
 
 
 def compile_model(
@@ -106,7 +108,7 @@ def compile_model(
     verify: bool = True,
     **options: Any,
 ) -> Program:
-    """Compile `model` into a program.
+    """Compile `model` into a program. Trainers of this process finish their steps first.
 
     Args:
         model: a module, or where it comes from ("torchvision:resnet18", "timm:resnet18",
@@ -135,13 +137,14 @@ def compile_model(
                 "a model given as an object trains in process; to write a program, say where its "
                 "code is: source='file.py:callable' or 'package.module:callable'"
             )
-    planned = _plan(model, inputs, **options)
-    with (
-        _telling_write_errors(target),
-        program_directory(target, force=force, notice=say) as directory,
-        _removed_on_error(directory),
-    ):
-        found = _fill(directory, planned, verify)
+    with while_all_rest():
+        planned = _plan(model, inputs, **options)
+        with (
+            _telling_write_errors(target),
+            program_directory(target, force=force, notice=say) as directory,
+            _removed_on_error(directory),
+        ):
+            found = _fill(directory, planned, verify)
     program = Program(planned.plan, target or directory, planned.model, found)
     if target is None:
         weakref.finalize(program, shutil.rmtree, directory, ignore_errors=True)

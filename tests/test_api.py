@@ -78,6 +78,22 @@ def evaluated_by_hand(model: nn.Module) -> Evaluation:
     )
 
 
+def test_compiling_beside_a_trainer_at_work_changes_nothing_for_it() -> None:
+    """Tracing patches torch and draws random numbers for the whole process: steps end first."""
+    layers = [nn.Sequential(nn.Linear(256, 256), nn.Dropout(), nn.ReLU()) for _ in range(6)]
+    program = compile_model(nn.Sequential(*layers, nn.Linear(256, 3)), "256", num_stages=3)
+    batches = [(torch.randn(128, 256), torch.arange(128) % 3) for _ in range(30)]
+    found = []
+    for is_beside in (False, True):
+        with program.trainer(seed=0) as trainer:
+            for batch in batches:
+                trainer.step(*batch)
+            if is_beside:
+                compile_model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3)), "8")
+            found.append(trainer.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_in_place_trains_the_object_itself(model: nn.Module) -> None:
     program = compile_model(model, IMAGES, num_stages=2)
     with program.trainer(inplace=True) as trainer:

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +28,10 @@ from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.board import Board, Message, Stopped
 from scpl_compile.runtime.lane import caller_mark
 from scpl_compile.runtime.memory import remedy
+from scpl_compile.runtime.randomness import own_draws
 from scpl_compile.runtime.stage_step import StageStep
 
-__all__ = ["Engine", "Event", "StageEngine", "StageState"]
+__all__ = ["Engine", "Event", "StageEngine", "StageState", "while_all_rest"]
 
 StageState = tuple[dict[str, Tensor], dict[str, Any]]
 """What StageStep.state gives."""
@@ -117,6 +119,7 @@ class Engine:
         )
         # Nobody closes an engine that nobody holds. Without a join: this may run in any thread.
         weakref.finalize(self, self._board.close).atexit = False
+        _ENGINES.add(self)
 
     def submit(self, values: dict[str, Tensor], labels: Tensor) -> None:
         """Give the batch of the next step to stage 0; waits while its inbox is full.
@@ -166,6 +169,20 @@ class Engine:
 
     def _telling_failures(self) -> "_TellFailures":
         return _TellFailures(self._board)
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Those of this process. Tracing patches torch for the process, so it must know who works there."""
+
+
+@contextmanager
+def while_all_rest() -> Iterator[None]:
+    """The engines of this process finish what was submitted; then the block runs, and no stage."""
+    for engine in tuple(_ENGINES):
+        with suppress(TrainingError):  # it has failed, or is closed: its trainer tells of it
+            engine.drain()
+    with own_draws():
+        yield
 
 
 class _Workers:
