@@ -177,7 +177,7 @@ def _fill(directory: Path, planned: _Planned, verify: bool) -> Verification:
     sha256 = write_program(directory, plan, planned.capture, planned.stage_of)
     found = Verification(
         plan=plan.digest, weights_sha256=sha256, is_verified=False,
-        random_stages=None, recompute_stages=None, checks={},
+        random_stages=None, recompute_stages=None, partial_stages=None, checks={},
     )  # fmt: skip
     if verify:
         found = verify_stages(

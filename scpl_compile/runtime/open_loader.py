@@ -25,7 +25,7 @@ def open_loader(
     ranks every replica takes its share of each batch, and only the first stage reads inputs.
 
     Raises:
-        DataError: it does not fit; a batch too small for the replicas.
+        DataError: it does not fit; a batch too small for the replicas, or no multiple of them.
     """
     splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes, task=plan.task)
     num_samples = len(splits.train)
@@ -35,6 +35,11 @@ def open_loader(
             f"a batch of {min(batch_size, num_samples)} for {num_replicas} replicas leaves one of "
             f"them less than 2 samples; give --batch-size {2 * num_replicas} or more, or start "
             "fewer ranks"
+        )
+    if batch_size % num_replicas:
+        raise DataError(
+            f"a batch of {batch_size} cannot be shared equally by {num_replicas} replicas; give "
+            f"--batch-size {batch_size - batch_size % num_replicas}, a multiple of their number"
         )
     loader = Loader(
         splits,

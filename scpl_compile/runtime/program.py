@@ -60,7 +60,8 @@ class Verification:
     """What verify found; verification.json.
 
     is_verified: False where the check was skipped. random_stages, recompute_stages: those whose
-    forward, backward draw randomness; None where nobody looked: then every stage counts as such.
+    forward, backward draw randomness. partial_stages: those of which a step may leave a parameter
+    without a gradient. None where nobody looked: then every stage counts as such.
     checks: each check with its figure.
     """
 
@@ -69,6 +70,7 @@ class Verification:
     is_verified: bool
     random_stages: tuple[int, ...] | None
     recompute_stages: tuple[int, ...] | None
+    partial_stages: tuple[int, ...] | None
     checks: Mapping[str, Scalar]
 
 
@@ -263,6 +265,7 @@ def assemble(
         path = directory / "weights.safetensors"
         _check_weights(path, found.weights_sha256)
         files = [path] if weights is None else [weights, path]
+        options.setdefault("partial_stages", found.partial_stages)
         return _assemble_rank(plan, build_model, stages, files, ranks, options)
     if model is None:
         model = build_model()

@@ -51,6 +51,7 @@ class RankTrainer(Trainer):
         replicate: "ddp", every replica holds its stage whole, or "fsdp", a part of it.
         microbatches: of gpipe, 1f1b and zb. batch_size: of a full batch of this replica, to be
             split into them; default: the plan's.
+        partial_stages: those of which a step may leave a parameter without a gradient; None: all.
         options: those of Trainer; devices are told by `ranks`.
     """
 
@@ -69,6 +70,7 @@ class RankTrainer(Trainer):
         replicate: str = "ddp",
         microbatches: int = 1,
         batch_size: int | None = None,
+        partial_stages: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         if contrast == "global" and _own_losses(plan):
@@ -83,6 +85,8 @@ class RankTrainer(Trainer):
         self._is_sharded = _is_sharded(replicate, ranks)
         self._sharded: dict[int, Sharded] = {}
         self._microbatches = (microbatches, batch_size or plan.batch_size)
+        everyone = range(plan.num_stages)
+        self._partial = frozenset(everyone if partial_stages is None else partial_stages)
         self._mail_lock = threading.Lock()  # the writer of checkpoints takes losses too
         self._mail = Mail(ranks)
         self._usage = {k: Usage(waiting=0.0, queue_fill=0.0) for k in range(plan.num_stages)}
@@ -127,16 +131,19 @@ class RankTrainer(Trainer):
             return super()._training_step(module)
         if self._sharded:  # of its only stage
             return next(iter(self._sharded.values()))
-        leaves_some = bool(self.plan.untrained)
-        return averaged(module, self._ranks.replica_group, leaves_some=leaves_some)
+        return averaged(module, self._ranks.replica_group, leaves_some=self._leaves_some())
+
+    def _leaves_some(self) -> bool:
+        return not self._partial.isdisjoint(self._own_stages())
 
     def _start_engine(
         self, first_step: int, actions: Sequence[Iterator[Action]] | None = None
     ) -> StageEngine:
         if self.schedule not in SCHEDULES:
             run = whole_batches(
-                self.plan, self._stages, self._ranks, self.schedule, *self._microbatches
-            )
+                self.plan, self._stages, self._ranks, self.schedule, *self._microbatches,
+                leaves_some=self._leaves_some(),
+            )  # fmt: skip
             self._rank_engine: BatchEngine | RankEngine = BatchEngine(
                 self._stages, self._ranks, run, first_step
             )

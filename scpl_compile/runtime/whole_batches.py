@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +27,12 @@ def whole_batches(
     schedule: str,
     num_microbatches: int,
     batch_size: int,
+    *,
+    leaves_some: bool,
 ) -> Run:
     """What runs one batch over the ranks: its gradients are in the stages' parameters afterwards.
+
+    leaves_some: whether a step may leave a parameter without a gradient.
 
     Raises:
         MethodError: an option that the schedule has no place for.
@@ -36,13 +41,14 @@ def whole_batches(
     if options.wire_dtype:
         raise MethodError(f"schedule {schedule!r} sends what it computes; leave out --wire-dtype")
     if schedule == WHOLE:
-        return _replicated(plan, stages, ranks)
+        return _replicated(plan, stages, ranks, leaves_some)
     if options.accumulate > 1:
         raise MethodError(
             f"schedule {schedule!r} accumulates over micro-batches; leave out --accumulate, and "
             "give a larger --batch-size with more --microbatches"
         )
-    return _pipelined(plan, stages, ranks, schedule, (num_microbatches, batch_size))
+    sizes = num_microbatches, batch_size
+    return _pipelined(plan, stages, ranks, schedule, sizes, leaves_some)
 
 
 def _pipelined(
@@ -51,6 +57,7 @@ def _pipelined(
     ranks: Ranks,
     schedule: str,
     sizes: tuple[int, int],
+    leaves_some: bool,
 ) -> Run:
     by_index = {stage.index: stage for stage in stages}
     name = plan.stages[-1].losses[0].name
@@ -75,10 +82,24 @@ def _pipelined(
     def run(values: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         loss = step.run(values if 0 in by_index else {}, labels)
         if ranks.num_replicas > 1:
+            if leaves_some:
+                _fill(parameters, ranks)
             _average(parameters, ranks)
         return {} if loss is None else {name: loss}
 
     return run
+
+
+def _fill(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Zeros for a gradient that other replicas have, as DistributedDataParallel counts it."""
+    if not parameters:
+        return
+    have = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    have = have.to(torch.int32)
+    dist.all_reduce(have, group=ranks.replica_group)
+    for parameter, number in zip(parameters, have.tolist(), strict=True):
+        if number and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _average(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
@@ -91,13 +112,13 @@ def _average(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
         gradient /= ranks.num_replicas
 
 
-def _replicated(plan: Plan, stages: Sequence[StageStep], ranks: Ranks) -> Run:
+def _replicated(plan: Plan, stages: Sequence[StageStep], ranks: Ranks, leaves_some: bool) -> Run:
     whole = Whole(plan, [stage.module for stage in stages])
     first = stages[0]
     model: nn.Module = whole
     if ranks.num_replicas > 1:
         model = DistributedDataParallel(
-            whole, process_group=ranks.replica_group, find_unused_parameters=bool(plan.untrained)
+            whole, process_group=ranks.replica_group, find_unused_parameters=leaves_some
         )
 
     def run(values: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:

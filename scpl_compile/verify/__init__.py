@@ -56,6 +56,7 @@ class _Findings:
 
     random_stages: set[int] = field(default_factory=set)
     recompute_stages: set[int] = field(default_factory=set)
+    unreached: dict[int, set[str]] = field(default_factory=dict)
     figures: dict[str, Scalar] = field(default_factory=dict)
 
 
@@ -89,14 +90,23 @@ def verify(
         weights_sha256=weights_sha256,
         is_verified=True,
         random_stages=tuple(sorted(found.random_stages)),
-        recompute_stages=tuple(sorted(found.recompute_stages | _checkpointed_stages(plan))),
+        recompute_stages=tuple(sorted(found.recompute_stages | _stages_with(plan, "checkpoint"))),
+        partial_stages=tuple(sorted(_partial_stages(plan, found))),
         checks=found.figures,
     )
 
 
-def _checkpointed_stages(plan: Plan) -> set[int]:
-    """Stages in which capture found activation checkpointing."""
-    paths = [path for path, reason in plan.opaque if "checkpoint" in reason]
+def _partial_stages(plan: Plan, found: _Findings) -> set[int]:
+    """Stages with a parameter that no gradient reached here, or may not reach in another step: code
+    that was kept whole may draw whether a module takes part.
+    """
+    without = {stage for stage, names in found.unreached.items() if names}
+    return without | (found.random_stages & _stages_with(plan, ""))
+
+
+def _stages_with(plan: Plan, reason_part: str) -> set[int]:
+    """Stages with modules that capture kept whole, for such a reason."""
+    paths = [path for path, reason in plan.opaque if reason_part in reason]
     return {
         stage.index
         for stage in plan.stages
@@ -272,11 +282,19 @@ class _Check:
                 self.found.recompute_stages.add(stage.index)
             own = {name: names.get(id(p), "") for name, p in module.named_parameters()}
             trained |= {own.get(name, "") for name in reached}
+            self.found.unreached[stage.index] = {
+                own[name] or name
+                for name, p in module.named_parameters()
+                if p.requires_grad and name not in reached
+            }
             received = {c.name: v for c, v in zip(check.crossings, sent, strict=True)}
         return trained
 
     def coverage(self, *, trained: set[str], by_loss: set[str]) -> None:
         """What trains in the model trains by some loss of a stage (in bp: behind it, too)."""
+        if self.plan.method == "bp":
+            for unreached in self.found.unreached.values():
+                unreached -= trained
         missing = trained - by_loss - set(self.plan.untrained)
         if missing and self.plan.method != "bp":
             more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""

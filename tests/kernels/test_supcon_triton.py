@@ -15,6 +15,7 @@ CASES = sorted(map(str, Path(__file__).parent.glob("triton_*.py")))
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+@pytest.mark.timeout(900)  # one process for all cases, most of a minute each where cores are few
 @pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=[pytest.mark.cuda, ON_GPU])])
 def test_the_cases_hold(environment: dict[str, str], interpret: str) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if interpret == "1" else {}

@@ -97,7 +97,7 @@ def test_verification(folder: Path) -> None:
     plan = a_plan()
     found = Verification(
         plan=plan.digest, weights_sha256="0f" * 32, is_verified=True, random_stages=(0,),
-        recompute_stages=None, checks={"forward": 0.5, "parameters": 3},
+        recompute_stages=None, partial_stages=None, checks={"forward": 0.5, "parameters": 3},
     )  # fmt: skip
     write_verification(folder, found)
     path = folder / "verification.json"

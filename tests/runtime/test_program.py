@@ -184,7 +184,7 @@ def test_verification_comes_back_and_belongs_to_its_plan(program: Path) -> None:
     plan = read_plan(program)
     found = Verification(
         plan=plan.digest, weights_sha256="0", is_verified=True, random_stages=(1,),
-        recompute_stages=None, checks={"forward_eval": 0.5},
+        recompute_stages=None, partial_stages=None, checks={"forward_eval": 0.5},
     )  # fmt: skip
     write_verification(program, found)
     assert read_verification(program, plan) == found
@@ -238,7 +238,7 @@ def test_an_object_is_trained_as_a_copy_unless_in_place(inplace: bool, program: 
 def test_which_stages_draw_is_taken_from_the_verification(program: Path) -> None:
     plan = read_plan(program)
     found = read_verification(program, plan)
-    assert found.random_stages == (0, 1) and found.recompute_stages == ()
+    assert found.random_stages == (0, 1) and found.recompute_stages == found.partial_stages == ()
     write_verification(program, replace(found, random_stages=(0,), recompute_stages=None))
     stages = load_stages(program, plan)
     with assemble(program, stages.build_model, stages.STAGES) as trainer:

@@ -150,6 +150,51 @@ def test_replicas_take_their_shares(program: Path) -> None:
     done(train_ranks(program, *options, "--save-every", 2, "--resume", num_ranks=4))
 
 
+SKIPPING = """
+import torch
+from torch import nn
+
+
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x):
+        if self.training and torch.rand(()) < 0.5:
+            return x
+        return x + self.linear(x)
+
+
+def build_model():
+    layers = [nn.Flatten(), nn.Linear(64, 32), Skipping(), nn.ReLU(), Skipping(), nn.Linear(32, 5)]
+    model = nn.Sequential(*layers)
+    model[2].unused = nn.Linear(32, 32)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule"), [("scpl", "stream"), ("bp", "gpipe"), ("bp", "ddp")]
+)
+def test_replicas_may_leave_parameters_without_a_gradient(
+    method: str, schedule: str, tmp_path: Path
+) -> None:
+    """One that nobody uses, and those of a module that each replica skips in steps of its own."""
+    (tmp_path / "net.py").write_text(SKIPPING)
+    compile_model(
+        f"{tmp_path}/net.py:build_model", "1x8x8", num_stages=2, method=method, out=tmp_path / "out"
+    )
+    more = ("--microbatches", 2) if schedule == "gpipe" else ()
+    ended = train_ranks(
+        tmp_path / "out", *LONG, "--schedule", schedule, "--batch-size", 8, *more, num_ranks=4
+    )
+    assert [one.code for one in ended] == [0] * 4, ended
+    state, first = final(tmp_path / "out" / "run"), load_file(tmp_path / "out/weights.safetensors")
+    still = {name for name in first if state[name].equal(first[name])}
+    assert still == {"2.unused.weight", "2.unused.bias"}
+
+
 @pytest.mark.parametrize("schedule", ["bp", "gpipe", "1f1b", "ddp"])
 def test_the_baselines_train(schedule: str, backpropagation: Path) -> None:
     options = [*LONG, "--schedule", schedule, "--run-dir", schedule, "--save-every", 5]
