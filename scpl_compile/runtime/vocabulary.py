@@ -21,8 +21,11 @@ __all__ = ["FIRST_WORD", "OTHER_WORD", "VOCABULARY", "Vocabulary", "read_vocabul
 VOCABULARY = "vocabulary.json"
 """Its file in a run directory, beside the weights."""
 
-OTHER_WORD, FIRST_WORD = 1, 2
-"""The numbers of all words that are not in it, and of its first one; 0 is padding."""
+OTHER_WORD = 1
+"""The number of every word that is not in it; 0 is padding."""
+
+FIRST_WORD = 2
+"""The number of its first word."""
 
 _MOST_BYTES = 2**28
 
@@ -56,7 +59,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if not path.is_file():  # a pipe would be waited for
         raise ProgramError(
             f"{path} is missing, which says by what numbers the model knows words and labels: a "
-            "run on csv: data keeps it (older ones did not) beside its weights; train again"
+            "run on csv: data keeps it (older ones did not) beside its weights; copy it there, or "
+            "train again"
         )
     try:
         if path.stat().st_size > _MOST_BYTES:
