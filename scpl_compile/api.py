@@ -38,6 +38,7 @@ from scpl_compile.runtime.program import (
 from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run_directory import trained_by_another, trained_in, trained_steps
 from scpl_compile.runtime.trainer import Trainer
+from scpl_compile.runtime.vocabulary import VOCABULARY
 from scpl_compile.sources import (
     Inputs,
     OutputPath,
@@ -306,6 +307,8 @@ def evaluate_program(
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
+    Texts and their labels are numbered by the vocabulary.json beside the weights.
+
     devices: the stages run one after another on these; "auto": GPUs where there are any.
     exit_rule: samples leave early, as in `Trainer.evaluate`.
     amp: "none", "bf16" or "fp16"; None: as the run that wrote the weights was trained (its
@@ -314,7 +317,9 @@ def evaluate_program(
 
     Raises:
         ProgramError: the program or its weights are missing or damaged, or those of its own run
-            are of another plan; with an exit_rule, those of its exits; these are of another step.
+            are of another plan; with an exit_rule, those of its exits, these are of another step;
+            for texts the vocabulary.
+        DataError: the data do not fit; a text has a label that the run did not know.
         MethodError: the exit_rule is none, or the method has one exit; there is no such amp.
     """
     plan = read_plan(directory)
@@ -329,7 +334,9 @@ def evaluate_program(
             raise ProgramError(f"{other}; train again, or name the file with --weights")
         say(other)
     stages = load_stages(directory, plan)
-    loader = open_loader(plan, data, batch_size=batch_size)
+    loader = open_loader(
+        plan, data, batch_size=batch_size, vocabulary=path.with_name(VOCABULARY), trains=False
+    )
     names = split_devices(devices, plan.num_stages)
     steps = trained_steps(path, plan.digest)
     how_trained = trained_in(path, plan.digest) | ({} if amp is None else {"amp": amp})

@@ -57,6 +57,8 @@ class Loader:
     share: (replica, number of replicas), of training batches. reads: whether the inputs are
     needed; else they are tensors on the meta device, which have shapes alone.
 
+    trains: whether there must be training and validation samples.
+
     Train and validation are checked here, test when it is first asked for.
 
     Raises:
@@ -77,6 +79,7 @@ class Loader:
         drop_last: bool = False,
         share: tuple[int, int] = (0, 1),
         reads: bool = True,
+        trains: bool = True,
     ) -> None:
         self.splits = splits
         self.batch_size = batch_size
@@ -89,14 +92,15 @@ class Loader:
         self._reads = reads
         self._fit = self._fit_images()
         for part in ("train", "validation"):
-            self._checked_split(part)
+            if trains or len(getattr(splits, part)):
+                self._checked_split(part)
         num_samples = len(splits.train)
         if batch_size < 1:
             raise DataError(f"the batch size is {batch_size}; give at least 1")
         rest = 0 if drop_last or num_samples % batch_size == 0 else 1
         self.num_batches = num_samples // batch_size + rest
         """Batches of one epoch."""
-        if self.num_batches == 0:
+        if self.num_batches == 0 and trains:
             raise DataError(
                 f"{splits.name} has {num_samples} training samples, no whole batch of "
                 f"{batch_size}; take a smaller batch, or keep the last one"

@@ -26,6 +26,7 @@ from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, callable_splits, check_size, npz_splits, reading
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
 from scpl_compile.runtime.text import csv_splits
+from scpl_compile.runtime.vocabulary import read_vocabulary
 
 __all__ = ["Splits", "open_splits"]
 
@@ -42,6 +43,7 @@ def open_splits(
     inputs: Inputs = (),
     num_classes: int | None = None,
     task: str = SINGLE_LABEL,
+    vocabulary: Path | None = None,
 ) -> Splits:
     """The data set that `spec` names (the module's docstring lists them).
 
@@ -49,9 +51,11 @@ def open_splits(
     inputs: what the model takes; imagefolder and random need it, and npz orders its arrays by it.
     num_classes: of the labels of `random:N` (default 10). task: one label per sample, or labels
     (N, classes): those of npz, csv, a callable and random.
+    vocabulary: the file of the run whose model reads the data, where there is one; of csv alone.
 
     Raises:
         DataError: no such data set; a file is missing, damaged, or holds something else.
+        ProgramError: the vocabulary is needed, and missing or damaged.
     """
     kind, _, rest = spec.partition(":")
     home, _, name = spec.rpartition(":")
@@ -67,7 +71,8 @@ def open_splits(
         case "npz" if rest:
             return npz_splits(spec, Path(rest).expanduser(), inputs, task)
         case "csv" if rest:
-            return csv_splits(spec, Path(rest).expanduser(), inputs, task)
+            words = None if vocabulary is None else read_vocabulary(vocabulary)
+            return csv_splits(spec, Path(rest).expanduser(), inputs, task, words)
         case "random" if rest:
             return _random(spec, rest, seed, inputs, num_classes or 10, task)
     known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "csv:FILE",

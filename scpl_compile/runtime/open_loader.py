@@ -1,5 +1,7 @@
 """The loader of a data set that the command line names, for one process or one rank."""
 
+from pathlib import Path
+
 from scpl_compile.errors import DataError
 from scpl_compile.ir import Plan
 from scpl_compile.runtime.data import Loader
@@ -18,16 +20,27 @@ def open_loader(
     augment: str = "none",
     seed: int = 0,
     ranks: Ranks | None = None,
+    vocabulary: Path | None = None,
+    trains: bool = True,
 ) -> Loader:
     """The data set `data`, fitted to the plan's inputs.
 
     A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair. On
     ranks every replica takes its share of each batch, and only the first stage reads inputs.
+    vocabulary: the file of the run whose weights are gone on with; texts and their labels are
+    numbered by it. trains: False where the data are only evaluated on.
 
     Raises:
         DataError: it does not fit; a batch too small for the replicas, or no multiple of them.
+        ProgramError: it is text, and the vocabulary is missing or damaged.
     """
-    splits = open_splits(data, inputs=plan.inputs, num_classes=plan.num_classes, task=plan.task)
+    splits = open_splits(
+        data,
+        inputs=plan.inputs,
+        num_classes=plan.num_classes,
+        task=plan.task,
+        vocabulary=vocabulary,
+    )
     num_samples = len(splits.train)
     replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)
     if num_replicas > 1 and min(batch_size, num_samples) < 2 * num_replicas:
@@ -52,6 +65,7 @@ def open_loader(
         drop_last=num_samples > batch_size and num_samples % batch_size < 2 * num_replicas,
         share=(replica, num_replicas),
         reads=ranks is None or 0 in ranks.stages,
+        trains=trains,
     )
     if loader.fit_notice:
         say(loader.fit_notice)

@@ -33,6 +33,7 @@ from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.termination import EXIT_CODE, Termination
 from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
+from scpl_compile.runtime.vocabulary import VOCABULARY
 
 __all__ = ["TRAINING", "Run"]
 
@@ -155,15 +156,12 @@ class Run:
 
     def open_data(self) -> Loader:
         """The loader of --data; checks shapes and labels before anything is trained."""
-        options = self.options
+        options, begun = self.options, self._files.resume_from
         loader = open_loader(
-            self.plan,
-            options.data,
-            batch_size=options.batch_size,
-            augment=options.augment,
-            seed=options.seed,
-            ranks=self._ranks,
-        )
+            self.plan, options.data, batch_size=options.batch_size, augment=options.augment,
+            seed=options.seed, ranks=self._ranks,
+            vocabulary=None if begun is None else begun.parent / VOCABULARY,
+        )  # fmt: skip
         rest = len(loader.splits.train) - loader.num_batches * options.batch_size
         if rest > 0:
             what = "one sample" if rest == 1 else f"{rest} samples for the replicas"
@@ -198,7 +196,7 @@ class Run:
             say(f"resumed after step {trainer.num_steps} from {path}")
         writer = summary_writer() if options.tensorboard else None
         self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
-        for row in self._files.begin(trainer.num_steps, versions()):
+        for row in self._files.begin(trainer.num_steps, versions(), loader.splits.vocabulary):
             if "losses" in row and row["stage"] < len(self._recent):
                 self._recent[row["stage"]].append(row["losses"])
             elif "epoch" in row:

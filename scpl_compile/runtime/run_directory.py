@@ -3,6 +3,7 @@
 ::
 
     RUN/run.json            plan, options and versions
+        vocabulary.json     of text data, the words and labels by their numbers (vocabulary.py)
         metrics.jsonl       a row per stage and step, one per log interval, and one per epoch
         tensorboard/        the same for TensorBoard
         trace.json          what the stages did in the last steps (trace.py)
@@ -22,9 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from scpl_compile.errors import ProgramError
+from scpl_compile.json_form import to_json
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.options import Options
+from scpl_compile.runtime.vocabulary import VOCABULARY, Vocabulary
 
 __all__ = ["Follower", "RunDirectory", "trained_by_another", "trained_in", "trained_steps"]
 
@@ -142,7 +145,9 @@ class RunDirectory:
         temporary.write_text(json.dumps(value, indent=2), "utf-8")
         os.replace(temporary, self.path / name)
 
-    def begin(self, num_steps: int, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+    def begin(
+        self, num_steps: int, versions: Mapping[str, str], vocabulary: Vocabulary | None = None
+    ) -> list[dict[str, Any]]:
         """Make the directory; of a resumed run, remove what will be done again.
 
         Gives the rows of metrics.jsonl of the first `num_steps` steps.
@@ -156,6 +161,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "result.json").unlink(missing_ok=True)
             self._write_object("run.json", facts)
+            if vocabulary is not None:
+                self._write_object(VOCABULARY, to_json(vocabulary))
             metrics = self.path / "metrics.jsonl"
             if not metrics.exists():
                 return []
@@ -205,7 +212,9 @@ class Follower:
         self.result = result
         self.final = Path()
 
-    def begin(self, num_steps: int, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+    def begin(
+        self, num_steps: int, versions: Mapping[str, str], vocabulary: Vocabulary | None = None
+    ) -> list[dict[str, Any]]:
         """No rows."""
         return []
 

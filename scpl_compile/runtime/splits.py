@@ -13,13 +13,23 @@ from PIL import Image
 from torch import Tensor
 
 from scpl_compile.errors import DataError
+from scpl_compile.runtime.vocabulary import Vocabulary
 
-__all__ = ["LazyImages", "Split", "Splits", "channel_statistics", "make_splits", "stratified"]
+__all__ = [
+    "LazyImages",
+    "Split",
+    "Splits",
+    "channel_statistics",
+    "check_parts",
+    "make_splits",
+    "stratified",
+    "take_out",
+]
 
 SPLIT_SEED = 0
 """Which samples are for validation and test never depends on the seed of a run."""
 
-_VALIDATION_SHARE, _TEST_SHARE = 0.1, 0.2
+_SHARES = {"validation": 0.1, "test": 0.2}
 _STATISTICS_IMAGES = 1000
 """Images on disk that are decoded for mean and std; of images in memory all are read."""
 
@@ -114,6 +124,7 @@ class Splits:
     read_test: reads the test split, which training must not need; use `test`.
     flip_safe: whether a mirrored image still has its label (a mirrored digit has not).
     note: what was done to make the splits, or "".
+    vocabulary: by which texts and their labels are numbered; None where there are no texts.
     """
 
     name: str
@@ -126,6 +137,7 @@ class Splits:
     std: tuple[float, ...]
     flip_safe: bool
     note: str
+    vocabulary: Vocabulary | None = None
 
     @property
     def test(self) -> Split:
@@ -142,21 +154,20 @@ def make_splits(
     *,
     flip_safe: bool = True,
 ) -> Splits:
-    """A data set from its parts; a missing one is taken out of train, stratified and fixed.
-
-    Validation takes 10 % of train, test 20 %.
+    """A data set from its parts; a missing one is taken out of train, as by `take_out`.
 
     Raises:
         DataError: train has no sample, or too few to give some away.
     """
     if len(train) == 0:
         raise DataError(f"{name} has no training sample")
-    shares = {"validation": _VALIDATION_SHARE} if validation is None else {}
-    if read_test is None:
-        shares["test"] = _TEST_SHARE
-    parts = _take_out(name, train, shares) if shares else {"train": train}
+    missing = ["validation"] * (validation is None) + ["test"] * (read_test is None)
+    parts, note = {"train": train}, ""
+    if missing:
+        rows, note = take_out(train.labels, missing)
+        check_parts(name, len(train), rows)
+        parts = {part: train.subset(chosen) for part, chosen in rows.items()}
     mean, std = channel_statistics(parts["train"].inputs[0]) if kind == "image" else ((), ())
-    taken = " and ".join(f"{100 * share:.0f} % for {part}" for part, share in shares.items())
     return Splits(
         name=name,
         kind=kind,
@@ -167,30 +178,42 @@ def make_splits(
         mean=mean,
         std=std,
         flip_safe=flip_safe,
-        note=f"{taken} taken out of its training samples" if taken else "",
+        note=note,
     )
 
 
-def _take_out(name: str, train: Split, shares: Mapping[str, float]) -> dict[str, Split]:
-    rows = stratified(train.labels, tuple(shares.values()))
-    parts = {part: train.subset(r) for part, r in zip(("train", *shares), rows, strict=True)}
-    for part, split in parts.items():
-        if len(split) == 0:
+def take_out(labels: Tensor, missing: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+    """The rows of train and of each `missing` part, of training samples with these labels, and a
+    note of what was done. Validation takes 10 %, test 20 %, stratified and fixed.
+    """
+    shares = [_SHARES[part] for part in missing]
+    rows = dict(zip(("train", *missing), stratified(labels, shares), strict=True))
+    taken = " and ".join(f"{100 * _SHARES[part]:.0f} % for {part}" for part in missing)
+    return rows, f"{taken} taken out of its training samples" if taken else ""
+
+
+def check_parts(name: str, num_samples: int, rows: Mapping[str, Tensor]) -> None:
+    """Raises DataError where `take_out` could give a part no row of `num_samples`."""
+    for part, chosen in rows.items():
+        if len(chosen) == 0:
             raise DataError(
-                f"{name} has {len(train)} training samples, too few to take a {part} split out of; "
-                f"give it a {part} split of its own, or more samples"
+                f"{name} has {num_samples} training samples, too few to take a {part} split out "
+                f"of; give it a {part} split of its own, or more samples"
             )
-    return parts
 
 
 def stratified(labels: Tensor, shares: Sequence[float]) -> tuple[Tensor, ...]:
     """(rest, part for each share): rows in ascending order, every class in the same shares; of
-    labels (N, classes) rows by chance.
+    labels (N, classes) rows by chance, and a row with a label that no row of the rest would have
+    goes to the rest. So the rest always has every class.
 
     The same labels always give the same rows.
     """
     if labels.ndim > 1:
-        labels = labels.new_zeros(len(labels))
+        rest, *others = stratified(labels.new_zeros(len(labels)), shares)
+        is_needed = (labels & ~labels[rest].any(0)).any(1)
+        rest = torch.cat([rest, *(part[is_needed[part]] for part in others)]).sort().values
+        return rest, *(part[~is_needed[part]] for part in others)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     by_class = order[labels[order].argsort(stable=True)]
     parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]

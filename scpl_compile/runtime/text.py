@@ -6,7 +6,8 @@
     "What a film!",good,train   ──▶    mask  1 1  1 0 0     2 …: by how often in the training texts
 
 Words are runs of letters and digits, lower case, and single other signs. The vocabulary is that of
-the training texts, as large as the model's first input allows; longer texts are cut off.
+the training texts, as large as the model's first input allows; longer texts are cut off. A run
+keeps it (vocabulary.py), and what is done with the trained weights goes by it.
 """
 
 import csv
@@ -22,15 +23,15 @@ from torch import Tensor
 from scpl_compile.errors import DataError
 from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, reading
-from scpl_compile.runtime.splits import Split, Splits, make_splits, stratified
+from scpl_compile.runtime.splits import Split, Splits, check_parts, take_out
+from scpl_compile.runtime.vocabulary import FIRST_WORD, OTHER_WORD, VOCABULARY, Vocabulary
 
 __all__ = ["csv_splits", "words_of"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _COLUMNS = ("text", "label", "split")
 _PARTS = ("train", "validation", "test")
-_SHARES = (0.1, 0.2)  # of validation and test, where the file names no splits
-_OTHER, _FIRST_WORD = 1, 2
+_SHOWN_LABELS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,56 +49,87 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def csv_splits(spec: str, path: Path, inputs: Inputs, task: str = SINGLE_LABEL) -> Splits:
+def csv_splits(
+    spec: str,
+    path: Path,
+    inputs: Inputs,
+    task: str = SINGLE_LABEL,
+    vocabulary: Vocabulary | None = None,
+) -> Splits:
     """Columns `text` and `label` (any strings, numbered in their order), and `split` (train,
-    validation, test) or none: then 10 and 20 % of the rows are validation and test. A .tsv file has
-    tabs between its columns. Of task multi-label a label is several with a ; between them, or none.
+    validation, test) or none. Where no row is of validation or test, 10 and 20 % of the training
+    rows are; a row that alone has one of its labels stays in train. A .tsv file has tabs between
+    its columns. Of task multi-label a label is several with a ; between them, or none.
+
+    vocabulary: of the run whose model reads the texts, by which words and labels are numbered; then
+    there need be no training rows. None: that of the training rows.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns; a label is in no training
-            row; the model takes something else than token numbers and a mask.
+            row, or not in the vocabulary; the model takes something else than token numbers and a
+            mask, or fewer numbers than the vocabulary has.
     """
     length, size, has_mask = _wanted(spec, inputs)
     is_multi = task == MULTI_LABEL
     given = _read(path, is_multi=is_multi)
-    labels = _labels(path, [row.labels for row in given], is_multi=is_multi)
+    known = _label_names(path, given) if vocabulary is None else vocabulary.labels
+    labels = _labels(path, given, known, is_multi=is_multi)
+    rows, note = _rows(given, labels)
     tokens = [words_of(row.text) for row in given]
-    rows = _rows([row.part for row in given], labels)
-    if not len(rows["train"]):
-        raise DataError(f"{path} has no row whose split is train")
-    _check_trained(path, given)
-    known = _vocabulary([tokens[row] for row in rows["train"].tolist()], size)
+    if vocabulary is None:
+        _check_trained(path, given, rows["train"])
+        check_parts(spec, sum(row.part in ("", "train") for row in given), rows)
+        texts = [tokens[row] for row in rows["train"].tolist()]
+        vocabulary = Vocabulary(words=_frequent(texts, size), labels=known)
+    if size is not None and len(vocabulary.words) > max(0, size - FIRST_WORD):
+        raise DataError(
+            f"{VOCABULARY} has {len(vocabulary.words)} words, and the model takes token numbers "
+            f"below {size}; put the one that was kept with the weights beside them"
+        )
+    numbers = {word: i for i, word in enumerate(vocabulary.words, FIRST_WORD)}
 
-    def split(part: str) -> Split | None:
-        if part not in rows:
-            return None
+    def split(part: str) -> Split:
         chosen = [tokens[row] for row in rows[part].tolist()]
-        ids, mask = _numbered(chosen, known, length)
+        ids, mask = _numbered(chosen, numbers, length)
         return Split(inputs=(ids, mask) if has_mask else (ids,), labels=labels[rows[part]])
 
-    found = {part: split(part) for part in _PARTS}
-    train, test = found["train"], found["test"]
-    assert train is not None, "there are training rows"
-    read_test = None if test is None else (lambda: test)
-    return make_splits(spec, "tensor", train, found["validation"], read_test)
+    train, validation, test = map(split, _PARTS)
+    return Splits(
+        name=spec, kind="tensor", num_classes=len(known), train=train, validation=validation,
+        read_test=lambda: test, mean=(), std=(), flip_safe=True, note=note, vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def _several(label: str) -> tuple[str, ...]:
     return tuple(name for name in map(str.strip, label.split(";")) if name)
 
 
-def _labels(path: Path, names: Sequence[Sequence[str]], *, is_multi: bool) -> Tensor:
-    """The number of each row's name, or bool (N, classes): which of all names it has."""
-    known = sorted({name for row in names for name in row}, key=_order)
+def _label_names(path: Path, given: Sequence[_Row]) -> tuple[str, ...]:
+    """All labels of the file, in their order."""
+    known = sorted({label for row in given for label in row.labels}, key=_order)
     if len(known) < 2:
         what = f"one label, {known[0]!r}" if known else "no label"
         raise DataError(f"{path} has {what}; a classifier needs two")
-    classes = {name: i for i, name in enumerate(known)}
+    return tuple(known)
+
+
+def _labels(path: Path, given: Sequence[_Row], known: Sequence[str], *, is_multi: bool) -> Tensor:
+    """The number of each row's label, or bool (N, classes): which of the known ones it has."""
+    classes = {label: i for i, label in enumerate(known)}
+    for row in given:
+        for label in row.labels:
+            if label not in classes:
+                shown = ", ".join(map(repr, known[:_SHOWN_LABELS]))
+                more = ", …" if len(known) > _SHOWN_LABELS else ""
+                raise DataError(
+                    f"{path}, line {row.line}: the model was trained without the label {label!r}; "
+                    f"it knows {shown}{more}; mend the label, or leave the row out"
+                )
     if not is_multi:
-        return torch.tensor([classes[name] for (name,) in names])
-    labels = torch.zeros(len(names), len(known), dtype=torch.bool)
-    for row, own in enumerate(names):
-        labels[row, [classes[name] for name in own]] = True
+        return torch.tensor([classes[row.labels[0]] for row in given])
+    labels = torch.zeros(len(given), len(known), dtype=torch.bool)
+    for i, row in enumerate(given):
+        labels[i, [classes[label] for label in row.labels]] = True
     return labels
 
 
@@ -166,9 +198,11 @@ def _row(
     return _Row(line=line, text=text, labels=labels, part=part or "")
 
 
-def _check_trained(path: Path, given: Sequence[_Row]) -> None:
+def _check_trained(path: Path, given: Sequence[_Row], train: Tensor) -> None:
     """A class that is only evaluated would count as wrong, and its place in the logits stay."""
-    trained = {label for row in given if row.part in ("", "train") for label in row.labels}
+    if not len(train):
+        raise DataError(f"{path} has no row whose split is train")
+    trained = {label for i in train.tolist() for label in given[i].labels}
     for row in given:
         for label in sorted(set(row.labels) - trained):
             raise DataError(
@@ -183,22 +217,25 @@ def _order(label: str) -> tuple[float, str]:
     return (float(label) if is_number else float("inf"), label)
 
 
-def _rows(parts: Sequence[str], labels: Tensor) -> Mapping[str, Tensor]:
-    if not any(parts):
-        return dict(zip(_PARTS, stratified(labels, _SHARES), strict=True))
-    found = {
-        part: torch.tensor([row for row, own in enumerate(parts) if own == part], dtype=torch.int64)
+def _rows(given: Sequence[_Row], labels: Tensor) -> tuple[dict[str, Tensor], str]:
+    """The rows of every part, and what was done to have them all."""
+    named = [row.part or "train" for row in given]
+    rows = {
+        part: torch.tensor([i for i, own in enumerate(named) if own == part], dtype=torch.int64)
         for part in _PARTS
     }
-    return {part: rows for part, rows in found.items() if part == "train" or len(rows)}
+    train = rows["train"]
+    if not len(train):
+        return rows, ""
+    taken, note = take_out(labels[train], [part for part in _PARTS[1:] if not len(rows[part])])
+    return rows | {part: train[chosen] for part, chosen in taken.items()}, note
 
 
-def _vocabulary(texts: Sequence[Sequence[str]], size: int | None) -> dict[str, int]:
-    """The number of each known word; the most frequent first, equal ones in alphabetical order."""
+def _frequent(texts: Sequence[Sequence[str]], size: int | None) -> tuple[str, ...]:
+    """As many words as have a number; the most frequent first, equal ones in alphabetical order."""
     counts = Counter(word for text in texts for word in text)
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    limit = len(ordered) if size is None else max(0, size - _FIRST_WORD)
-    return {word: i for i, word in enumerate(ordered[:limit], _FIRST_WORD)}
+    return tuple(ordered if size is None else ordered[: max(0, size - FIRST_WORD)])
 
 
 def _numbered(
@@ -208,7 +245,7 @@ def _numbered(
     ids = torch.zeros(len(texts), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
-        numbers = [known.get(word, _OTHER) for word in text[:length]] or [_OTHER]
+        numbers = [known.get(word, OTHER_WORD) for word in text[:length]] or [OTHER_WORD]
         ids[row, : len(numbers)] = torch.tensor(numbers)
         mask[row, : len(numbers)] = 1
     return ids, mask

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -317,6 +318,22 @@ def test_train_and_validation_are_checked_at_once_and_test_when_it_is_read():
     loader = Loader(make_splits("mine", "tensor", good, good, lambda: bad), **loading)
     with pytest.raises(DataError, match="mine: label 12 at test sample 0"):
         loader.evaluation("test")
+
+
+def test_data_that_is_only_evaluated_on_needs_no_training_samples():
+    good = Split(inputs=(torch.arange(20),), labels=torch.arange(20) % 10)
+    none = good.subset(torch.arange(0))
+    splits = replace(make_splits("mine", "tensor", good, good, lambda: good), train=none)
+    loading = {"inputs": (NUMBER,), "num_classes": 10, "batch_size": 4}
+    with pytest.raises(DataError, match="mine: train has no sample"):
+        Loader(splits, **loading)
+    loader = Loader(splits, **loading, trains=False)
+    assert loader.num_batches == 0 and len(list(loader.evaluation("test"))) == 5
+    with pytest.raises(DataError, match="mine: train has no sample"):
+        loader.evaluation("train")
+    bad = Split(inputs=(torch.arange(20),), labels=torch.full((20,), 12))
+    with pytest.raises(DataError, match="mine: label 12 at validation sample 0"):
+        Loader(replace(splits, validation=bad), **loading, trains=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import shutil
 import struct
 import tempfile
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fuzzing import fuzz, mutate_bytes, mutate_png
+from fuzzing import fuzz, mutate_bytes, mutate_json, mutate_png
 from scpl_compile.ir import InputSpec
 from scpl_compile.runtime.datasets import open_splits
 from scpl_compile.runtime.splits import LazyImages, Splits
@@ -198,3 +199,21 @@ def test_texts(folder: Path, suffix: str) -> None:
         lambda rng: path.write_bytes(mutate_bytes(rng, content)),
         lambda: read_all(open_splits(f"csv:{path}", inputs=TEXT)),
     )
+
+
+def test_vocabulary(folder: Path) -> None:
+    """That of a run, and texts that it numbers."""
+    data, path = folder / "a.csv", folder / "vocabulary.json"
+    data.write_text(ROWS)
+    text = json.dumps({"words": ["film", "good", '"', "é"], "labels": ["neg", "pos"]})
+    path.write_text(text)
+
+    def feed(rng: Random) -> None:
+        path.write_bytes(mutate_json(rng, text).encode("utf-8", "surrogateescape"))
+
+    def read() -> None:
+        splits = open_splits(f"csv:{data}", inputs=TEXT, vocabulary=path)
+        read_all(splits)
+        assert splits.train.inputs[0].max() < 30 and splits.train.labels.max() < splits.num_classes
+
+    fuzz(folder, feed, read)

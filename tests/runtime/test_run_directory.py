@@ -13,11 +13,13 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.run_directory import (
     _COMPARED,
+    Follower,
     RunDirectory,
     _rows_before,
     trained_by_another,
     trained_steps,
 )
+from scpl_compile.runtime.vocabulary import Vocabulary, read_vocabulary
 
 RESULT = {"accuracy": 0.5, "samples_per_second": None, "steps": 7}
 
@@ -51,6 +53,17 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
     run.begin(0, {"torch": "2"})
     assert json.loads((tmp_path / "run" / "run.json").read_text())["versions"] == {"torch": "2"}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_the_vocabulary_is_kept_with_the_run(tmp_path: Path) -> None:
+    words = Vocabulary(words=("film", "né", '"'), labels=("neg", "pos"))
+    RunDirectory(tmp_path / "run", "digest", options()).begin(0, {}, words)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert files == ["run.json", "vocabulary.json"]
+    assert read_vocabulary(tmp_path / "run" / "vocabulary.json") == words
+    Follower(None, None).begin(0, {}, words)
+    RunDirectory(tmp_path / "run", "digest", options(force=True)).begin(0, {})
+    assert not (tmp_path / "run" / "vocabulary.json").exists()
 
 
 def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path) -> None:

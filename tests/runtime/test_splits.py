@@ -53,6 +53,19 @@ def test_rows_of_several_labels_are_divided_by_chance():
     assert not torch.equal(parts[1], torch.arange(10))
 
 
+def test_a_row_that_alone_has_a_label_stays_in_the_rest():
+    labels = torch.rand(100, 3) < 0.4
+    before = stratified(labels, (0.1, 0.2))
+    rare = torch.zeros(100, 2, dtype=torch.bool)
+    rare[before[1][3], 0] = rare[before[2][5], 0] = rare[before[0][0], 1] = True
+    rare[before[2][6], 1] = True  # which another row of the rest has
+    parts = stratified(torch.cat([labels, rare], 1), (0.1, 0.2))
+    assert [len(rows) for rows in parts] == [72, 9, 19]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(100))
+    assert rare[parts[0]].sum(0).tolist() == [2, 1]
+    assert all(torch.equal(rows, rows.sort().values) for rows in parts)
+
+
 def test_missing_parts_come_out_of_train_and_the_note_says_so():
     splits = make_splits("mine", "tensor", numbered([0, 1] * 50))
     sizes = (len(splits.train), len(splits.validation), len(splits.test))

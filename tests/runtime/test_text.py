@@ -67,6 +67,43 @@ def test_without_splits_a_fixed_share_of_every_label_is_taken(tmp_path: Path) ->
     assert set(found.test.inputs[0].unique().tolist()) <= known | {1}
 
 
+@pytest.mark.parametrize("split", ["", ",train"])
+def test_rows_taken_out_of_train_give_the_vocabulary_no_word(tmp_path: Path, split: str) -> None:
+    """Every text is a word of its own."""
+    rows = "".join(f"word{i},{i % 2}{split}\n" for i in range(100))
+    columns = "text,label,split" if split else "text,label"
+    found = opened(tmp_path, f"{columns}\n{rows}", "ids:int64:4<500")
+    assert (len(found.test), len(found.validation)) == (20, 10)
+    assert found.vocabulary is not None and len(found.vocabulary.words) == 70
+    assert found.train.inputs[0][:, 0].min() == 2
+    for part in (found.test, found.validation):
+        assert part.inputs[0].unique().tolist() == [0, 1]
+    assert found.note == "10 % for validation and 20 % for test taken out of its training samples"
+
+
+def test_only_the_part_that_is_missing_is_taken_out(tmp_path: Path) -> None:
+    rows = "".join(f"word{i},{i % 2},train\n" for i in range(20)) + "seen,0,test\n"
+    found = opened(tmp_path, f"text,label,split\n{rows}", "ids:int64:4<500")
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [18, 2, 1]
+    with pytest.raises(DataError, match="has 2 training samples, too few to take a validation"):
+        opened(tmp_path, "text,label,split\na,b,train\nc,d,train\na,b,test\n")
+
+
+@pytest.mark.parametrize("split", ["", ",train"])
+def test_a_row_that_alone_has_a_label_is_trained_on(tmp_path: Path, split: str) -> None:
+    inputs = parse_inputs("ids:int64:5<9", ["ids"])
+    columns = "text,label,split" if split else "text,label"
+    sizes = set()
+    for place in range(30):
+        labels = [f"{'a;b' if i % 2 else 'a'}{';rare' * (i == place)}{split}" for i in range(30)]
+        rows = "".join(f"w,{label}\n" for label in labels)
+        (tmp_path / "data.csv").write_text(f"{columns}\n{rows}")
+        found = open_splits(f"csv:{tmp_path}/data.csv", inputs=inputs, task="multi-label")
+        assert found.train.labels[:, 2].sum() == 1
+        sizes.add(len(found.train))
+    assert sizes == {21, 22}  # of 30, some were for validation and test
+
+
 def test_labels_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
     rows = "".join(f"w,{label},train\n" for label in (10, 9, -1, "x"))
     found = opened(tmp_path, f"text,label,split\n{rows}w,9,test\nw,9,validation\n")
