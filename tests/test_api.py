@@ -83,13 +83,14 @@ def test_compiling_beside_a_trainer_at_work_changes_nothing_for_it() -> None:
     layers = [nn.Sequential(nn.Linear(256, 256), nn.Dropout(), nn.ReLU()) for _ in range(6)]
     program = compile_model(nn.Sequential(*layers, nn.Linear(256, 3)), "256", num_stages=3)
     batches = [(torch.randn(128, 256), torch.arange(128) % 3) for _ in range(30)]
+    other = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3))
     found = []
     for is_beside in (False, True):
         with program.trainer(seed=0) as trainer:
             for batch in batches:
                 trainer.step(*batch)
             if is_beside:
-                compile_model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3)), "8")
+                compile_model(other, "8")
             found.append(trainer.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
