@@ -76,7 +76,7 @@ def _spread(values: Sequence[float]) -> str:
 def _accuracies(figures: Figures) -> str:
     lines = [
         "Accuracy on the test split in %, mean and standard deviation of the seeds. *equal time*: "
-        "two stages on two cores, as long as backpropagation over the same two stages takes.",
+        "two stages on two cores, as long as naive backpropagation over the same two takes.",
         "",
         "| model | method | K = 2 | K = 4 | K = 2, equal time | seeds |",
         "|---|---|---|---|---|---|",
@@ -99,8 +99,9 @@ def _costs(figures: Figures) -> str:
     lines = [
         "What the heads add, for one training step: parameters, FLOPs (matrix products and "
         "convolutions, forward and backward). Memory of one process: parameters, gradients and "
-        "optimizer, + what a step takes besides. A step of `stream` on two ranks over one of bp "
-        "on the same two.",
+        "optimizer, + what a step takes besides. A step of `stream` on two ranks over one of "
+        "naive bp on the same two, of which one always waits; (ddp): the unsplit model on both, "
+        "half of the batch on each.",
         "",
         "| model | method | K | parameters | FLOPs | memory, MiB | step over bp's |",
         "|---|---|---|---|---|---|---|",
@@ -122,7 +123,9 @@ def _cost_line(figures: Figures, task: str, name: str, k: int) -> list[str]:
         return []
     assert flops and whole and model and heads is not None, "checked above"
     share, memory, step = one("step time over bp's"), one("memory held"), one("peak memory")
-    told = "" if share is None or name == "bp" else f"{share:.2f}"
+    if name == "bp":
+        share = one("step time over bp's", "ddp")
+    told = "" if share is None else f"{share:.2f}{' (ddp)' if name == 'bp' else ''}"
     added = f"+{100 * heads / model:.1f} % | {100 * (flops / whole - 1):+.1f} %"
     return [f"| {task} | {name} | {k} | {added} | {memory:.0f} + {step:.0f} | {told} |"]
 

@@ -1,4 +1,4 @@
-"""Time of a training step on two ranks, one core each: a method streaming, and bp in turn."""
+"""Time of a training step on two ranks, one core each: a method streaming, bp in turn, and ddp."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,9 @@ _SHARE = "step time over bp's"
 
 
 def step_time_rows(case: Case) -> list[dict[str, object]]:
-    """Milliseconds per step of this method by `stream`, of bp, and their quotient, in one run."""
+    """Milliseconds per step of this method by `stream`, and over those of bp in the same run; for
+    bp itself those of `ddp`, too: the unsplit model on both ranks, half of the batch on each.
+    """
     timed = _case(case)
     names = ("bp", "ddp") if case.candidate == "bp" else ("stream", "bp")
     with tempfile.TemporaryDirectory() as folder:
@@ -25,10 +27,17 @@ def step_time_rows(case: Case) -> list[dict[str, object]]:
         short = launch.run_case(timed, programs, names, repeats=1)
         steps = max(2, round(_MS_PER_CALL / short["bp"].median_ms))
         stats = launch.run_case(replace(timed, steps=steps), programs, names, repeats=5)
-    own, bp = stats[names[0]], stats["bp"]
+    bp = stats["bp"].median_ms
+    found = {case.candidate: stats[names[0]]}
+    if case.candidate == "bp":
+        found["ddp"] = stats["ddp"]
     return [
-        _row(case, timed, "step time", "ms", own),
-        _row(case, timed, _SHARE, "x", own.median_ms / bp.median_ms),
+        row
+        for name, own in found.items()
+        for row in (
+            _row(replace(case, candidate=name), timed, "step time", "ms", own),
+            _row(replace(case, candidate=name), timed, _SHARE, "x", own.median_ms / bp),
+        )
     ]
 
 
