@@ -22,6 +22,7 @@ from scpl_compile.errors import EmitError, ProgramError, SourceError
 from scpl_compile.ir import SINGLE_LABEL, InputSpec, Plan, Scalar
 from scpl_compile.methods import make_method
 from scpl_compile.methods.plan import PlanFacts, build_plan
+from scpl_compile.runtime.data_facts import DATA_FACTS
 from scpl_compile.runtime.engine import while_all_rest
 from scpl_compile.runtime.evaluation import evaluation_facts
 from scpl_compile.runtime.lane import default_threads, split_devices
@@ -38,7 +39,6 @@ from scpl_compile.runtime.program import (
 from scpl_compile.runtime.progress import say
 from scpl_compile.runtime.run_directory import trained_by_another, trained_in, trained_steps
 from scpl_compile.runtime.trainer import Trainer
-from scpl_compile.runtime.vocabulary import VOCABULARY
 from scpl_compile.sources import (
     Inputs,
     OutputPath,
@@ -307,7 +307,7 @@ def evaluate_program(
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
-    Texts and their labels are numbered by the vocabulary.json beside the weights.
+    Words and labels are numbered, and images normalised, by the data.json beside the weights.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
     exit_rule: samples leave early, as in `Trainer.evaluate`.
@@ -318,7 +318,7 @@ def evaluate_program(
     Raises:
         ProgramError: the program or its weights are missing or damaged, or those of its own run
             are of another plan; with an exit_rule, those of its exits, these are of another step;
-            for texts the vocabulary.
+            for texts data.json.
         DataError: the data do not fit; a text has a label that the run did not know.
         MethodError: the exit_rule is none, or the method has one exit; there is no such amp.
     """
@@ -335,7 +335,7 @@ def evaluate_program(
         say(other)
     stages = load_stages(directory, plan)
     loader = open_loader(
-        plan, data, batch_size=batch_size, vocabulary=path.with_name(VOCABULARY), trains=False
+        plan, data, batch_size=batch_size, facts=path.with_name(DATA_FACTS), trains=False
     )
     names = split_devices(devices, plan.num_stages)
     steps = trained_steps(path, plan.digest)

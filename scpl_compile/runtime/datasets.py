@@ -14,6 +14,8 @@
 import gzip
 import math
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -24,9 +26,9 @@ from torch import Tensor
 from scpl_compile.errors import DataError
 from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, callable_splits, check_size, npz_splits, reading
+from scpl_compile.runtime.data_facts import read_facts
 from scpl_compile.runtime.splits import LazyImages, Split, Splits, make_splits, stratified
 from scpl_compile.runtime.text import csv_splits
-from scpl_compile.runtime.vocabulary import read_vocabulary
 
 __all__ = ["Splits", "open_splits"]
 
@@ -43,7 +45,7 @@ def open_splits(
     inputs: Inputs = (),
     num_classes: int | None = None,
     task: str = SINGLE_LABEL,
-    vocabulary: Path | None = None,
+    facts: Path | None = None,
 ) -> Splits:
     """The data set that `spec` names (the module's docstring lists them).
 
@@ -51,12 +53,28 @@ def open_splits(
     inputs: what the model takes; imagefolder and random need it, and npz orders its arrays by it.
     num_classes: of the labels of `random:N` (default 10). task: one label per sample, or labels
     (N, classes): those of npz, csv, a callable and random.
-    vocabulary: the file of the run whose model reads the data, where there is one; of csv alone.
+    facts: the file of the run whose model reads the data, where there is one: by it words, labels
+    and folders are numbered, and images normalised; but for texts it may be missing.
 
     Raises:
         DataError: no such data set; a file is missing, damaged, or holds something else.
-        ProgramError: the vocabulary is needed, and missing or damaged.
+        ProgramError: the facts are damaged, or needed and missing.
     """
+    kind, _, rest = spec.partition(":")
+    if kind == "csv" and rest:
+        known = None if facts is None else read_facts(facts)
+        return csv_splits(spec, Path(rest).expanduser(), inputs, task, known)
+    known = None if facts is None or not facts.exists() else read_facts(facts)
+    splits = _open(spec, seed, inputs, num_classes, task, known.labels if known else ())
+    if splits.kind == "tensor" or known is None or len(known.mean) != len(splits.facts.mean):
+        return splits
+    return replace(splits, facts=replace(splits.facts, mean=known.mean, std=known.std))
+
+
+def _open(
+    spec: str, seed: int, inputs: Inputs, num_classes: int | None, task: str, labels: Sequence[str]
+) -> Splits:
+    """All but csv. labels: those by which folders are numbered; none: by their order."""
     kind, _, rest = spec.partition(":")
     home, _, name = spec.rpartition(":")
     if home.endswith(".py"):
@@ -67,12 +85,9 @@ def open_splits(
         case "fashion-mnist":
             return _fashion_mnist(Path(rest).expanduser() if rest else _FASHION_MNIST)
         case "imagefolder" if rest:
-            return _image_folder(spec, Path(rest).expanduser(), inputs)
+            return _image_folder(spec, Path(rest).expanduser(), inputs, labels)
         case "npz" if rest:
             return npz_splits(spec, Path(rest).expanduser(), inputs, task)
-        case "csv" if rest:
-            words = None if vocabulary is None else read_vocabulary(vocabulary)
-            return csv_splits(spec, Path(rest).expanduser(), inputs, task, words)
         case "random" if rest:
             return _random(spec, rest, seed, inputs, num_classes or 10, task)
     known = ("digits", "fashion-mnist[:DIR]", "imagefolder:DIR", "npz:FILE", "csv:FILE",
@@ -143,7 +158,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> Tensor:
 # ------------------------------------------------------------------ folders, random numbers
 
 
-def _image_folder(spec: str, folder: Path, inputs: Inputs) -> Splits:
+def _image_folder(spec: str, folder: Path, inputs: Inputs, labels: Sequence[str]) -> Splits:
     shape = inputs[0].shape if len(inputs) == 1 else ()
     if len(shape) != 3 or shape[0] not in (1, 3):
         takes = ", ".join(map(str, inputs)) or "nothing known"
@@ -152,23 +167,25 @@ def _image_folder(spec: str, folder: Path, inputs: Inputs) -> Splits:
     train_folder = folder / "train"
     if not train_folder.is_dir():
         raise DataError(f"{train_folder} is missing; images lie in {folder}/train/CLASS/*.png")
-    classes = sorted(item.name for item in train_folder.iterdir() if item.is_dir())
+    classes = labels or sorted(item.name for item in train_folder.iterdir() if item.is_dir())
     train = _class_folders(train_folder, classes, size)
-    if absent := set(range(len(classes))) - set(train.labels.tolist()):
+    absent = set(range(len(classes))) - set(train.labels.tolist())
+    if absent and not labels:
         raise DataError(f"{train_folder / classes[min(absent)]} holds no .png or .jpg image")
     parts = [folder / name for name in ("validation", "val") if (folder / name).is_dir()]
     validation = _class_folders(parts[0], classes, size) if parts else None
     test = folder / "test"
     read_test = (lambda: _class_folders(test, classes, size)) if test.is_dir() else None
-    return make_splits(spec, "image", train, validation, read_test)
+    splits = make_splits(spec, "image", train, validation, read_test)
+    return replace(splits, facts=replace(splits.facts, labels=tuple(classes)))
 
 
-def _class_folders(folder: Path, classes: list[str], size: tuple[int, int, int]) -> Split:
+def _class_folders(folder: Path, classes: Sequence[str], size: tuple[int, int, int]) -> Split:
     paths: list[Path] = []
     labels: list[int] = []
     for item in sorted(item for item in folder.iterdir() if item.is_dir()):
         if item.name not in classes:
-            raise DataError(f"{item} is no class of the train folder ({', '.join(classes)})")
+            raise DataError(f"{item} is no class that is trained ({', '.join(classes)})")
         found = sorted(path for path in item.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
         paths += found
         labels += [classes.index(item.name)] * len(found)

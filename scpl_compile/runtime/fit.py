@@ -63,8 +63,8 @@ class ImageFit:
                 f"{images}; input {spec.name!r} takes {_by(spec.shape)}, which they become only "
                 f"as 1xHxW, 3xHxW or {math.prod(source)} values"
             )
-        mean = torch.tensor(splits.mean).view(1, -1, 1, 1)
-        std = torch.tensor(splits.std).view(1, -1, 1, 1)
+        mean = torch.tensor(splits.facts.mean).view(1, -1, 1, 1)
+        std = torch.tensor(splits.facts.std).view(1, -1, 1, 1)
         if (channels, shape[0]) == (3, 1):
             # Exact for the mean; for std where the channels move together, else an upper bound.
             mean, std = luminance(mean), luminance(std)

@@ -20,26 +20,26 @@ def open_loader(
     augment: str = "none",
     seed: int = 0,
     ranks: Ranks | None = None,
-    vocabulary: Path | None = None,
+    facts: Path | None = None,
     trains: bool = True,
 ) -> Loader:
     """The data set `data`, fitted to the plan's inputs.
 
     A last training batch of one sample is left out: BatchNorm refuses it, and it has no pair. On
     ranks every replica takes its share of each batch, and only the first stage reads inputs.
-    vocabulary: the file of the run whose weights are gone on with; texts and their labels are
-    numbered by it. trains: False where the data are only evaluated on.
+    facts: the file of the run whose weights are gone on with, as of open_splits. trains: False
+    where the data are only evaluated on.
 
     Raises:
         DataError: it does not fit; a batch too small for the replicas, or no multiple of them.
-        ProgramError: it is text, and the vocabulary is missing or damaged.
+        ProgramError: the facts are damaged, or those of texts missing.
     """
     splits = open_splits(
         data,
         inputs=plan.inputs,
         num_classes=plan.num_classes,
         task=plan.task,
-        vocabulary=vocabulary,
+        facts=facts,
     )
     num_samples = len(splits.train)
     replica, num_replicas = (0, 1) if ranks is None else (ranks.replica, ranks.num_replicas)

@@ -15,6 +15,7 @@ from scpl_compile.actions import num_active
 from scpl_compile.errors import ScplError
 from scpl_compile.runtime.attempt import Attempt
 from scpl_compile.runtime.data import Batch, Loader
+from scpl_compile.runtime.data_facts import DATA_FACTS
 from scpl_compile.runtime.evaluation import accuracy_text, evaluation_facts
 from scpl_compile.runtime.growth import first_steps
 from scpl_compile.runtime.lane import split_devices
@@ -33,7 +34,6 @@ from scpl_compile.runtime.stage_step import KEPT_LOSSES
 from scpl_compile.runtime.termination import EXIT_CODE, Termination
 from scpl_compile.runtime.trace import chrome_trace
 from scpl_compile.runtime.trainer import Trainer
-from scpl_compile.runtime.vocabulary import VOCABULARY
 
 __all__ = ["TRAINING", "Run"]
 
@@ -160,7 +160,7 @@ class Run:
         loader = open_loader(
             self.plan, options.data, batch_size=options.batch_size, augment=options.augment,
             seed=options.seed, ranks=self._ranks,
-            vocabulary=None if begun is None else begun.parent / VOCABULARY,
+            facts=None if begun is None else begun.parent / DATA_FACTS,
         )  # fmt: skip
         rest = len(loader.splits.train) - loader.num_batches * options.batch_size
         if rest > 0:
@@ -196,7 +196,7 @@ class Run:
             say(f"resumed after step {trainer.num_steps} from {path}")
         writer = summary_writer() if options.tensorboard else None
         self._recent = [deque(maxlen=options.log_every) for _ in self.plan.stages]
-        for row in self._files.begin(trainer.num_steps, versions(), loader.splits.vocabulary):
+        for row in self._files.begin(trainer.num_steps, versions(), loader.splits.facts):
             if "losses" in row and row["stage"] < len(self._recent):
                 self._recent[row["stage"]].append(row["losses"])
             elif "epoch" in row:

@@ -3,7 +3,7 @@
 ::
 
     RUN/run.json            plan, options and versions
-        vocabulary.json     of text data, the words and labels by their numbers (vocabulary.py)
+        data.json           words, labels, mean and std of the data (data_facts.py)
         metrics.jsonl       a row per stage and step, one per log interval, and one per epoch
         tensorboard/        the same for TensorBoard
         trace.json          what the stages did in the last steps (trace.py)
@@ -26,8 +26,8 @@ from scpl_compile.errors import ProgramError
 from scpl_compile.json_form import to_json
 from scpl_compile.runtime import checkpoint
 from scpl_compile.runtime.attempt import Attempt
+from scpl_compile.runtime.data_facts import DATA_FACTS, DataFacts
 from scpl_compile.runtime.options import Options
-from scpl_compile.runtime.vocabulary import VOCABULARY, Vocabulary
 
 __all__ = ["Follower", "RunDirectory", "trained_by_another", "trained_in", "trained_steps"]
 
@@ -39,6 +39,7 @@ _COMPARED = ("data", "augment", "batch_size", "epochs", "steps", "optimizer", "o
 
 
 FIRST = Attempt()
+_NO_FACTS = DataFacts()
 
 
 class RunDirectory:
@@ -146,7 +147,7 @@ class RunDirectory:
         os.replace(temporary, self.path / name)
 
     def begin(
-        self, num_steps: int, versions: Mapping[str, str], vocabulary: Vocabulary | None = None
+        self, num_steps: int, versions: Mapping[str, str], data: DataFacts = _NO_FACTS
     ) -> list[dict[str, Any]]:
         """Make the directory; of a resumed run, remove what will be done again.
 
@@ -161,8 +162,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "result.json").unlink(missing_ok=True)
             self._write_object("run.json", facts)
-            if vocabulary is not None:
-                self._write_object(VOCABULARY, to_json(vocabulary))
+            if data != _NO_FACTS:
+                self._write_object(DATA_FACTS, to_json(data))
             metrics = self.path / "metrics.jsonl"
             if not metrics.exists():
                 return []
@@ -213,7 +214,7 @@ class Follower:
         self.final = Path()
 
     def begin(
-        self, num_steps: int, versions: Mapping[str, str], vocabulary: Vocabulary | None = None
+        self, num_steps: int, versions: Mapping[str, str], data: DataFacts = _NO_FACTS
     ) -> list[dict[str, Any]]:
         """No rows."""
         return []

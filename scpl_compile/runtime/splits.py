@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from scpl_compile.errors import DataError
-from scpl_compile.runtime.vocabulary import Vocabulary
+from scpl_compile.runtime.data_facts import DataFacts
 
 __all__ = [
     "LazyImages",
@@ -120,11 +120,10 @@ class Splits:
 
     kind: "image" (one input of uint8 (N, C, H, W), C = 1 or 3) or "tensor" (anything else).
     num_classes: one more than the largest training label; columns of labels (N, classes).
-    mean, std: per channel of the training images in 0 … 1; empty for tensors.
     read_test: reads the test split, which training must not need; use `test`.
     flip_safe: whether a mirrored image still has its label (a mirrored digit has not).
     note: what was done to make the splits, or "".
-    vocabulary: by which texts and their labels are numbered; None where there are no texts.
+    facts: what a model learns of the training samples beside its weights.
     """
 
     name: str
@@ -133,11 +132,9 @@ class Splits:
     train: Split
     validation: Split
     read_test: Callable[[], Split]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     flip_safe: bool
     note: str
-    vocabulary: Vocabulary | None = None
+    facts: DataFacts
 
     @property
     def test(self) -> Split:
@@ -175,10 +172,9 @@ def make_splits(
         train=parts["train"],
         validation=parts["validation"] if validation is None else validation,
         read_test=cache(read_test or (lambda: parts["test"])),
-        mean=mean,
-        std=std,
         flip_safe=flip_safe,
         note=note,
+        facts=DataFacts(mean=mean, std=std),
     )
 
 

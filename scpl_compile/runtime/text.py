@@ -7,7 +7,7 @@
 
 Words are runs of letters and digits, lower case, and single other signs. The vocabulary is that of
 the training texts, as large as the model's first input allows; longer texts are cut off. A run
-keeps it (vocabulary.py), and what is done with the trained weights goes by it.
+keeps it (data_facts.py), and what is done with the trained weights goes by it.
 """
 
 import csv
@@ -23,8 +23,8 @@ from torch import Tensor
 from scpl_compile.errors import DataError
 from scpl_compile.ir import MULTI_LABEL, SINGLE_LABEL, InputSpec
 from scpl_compile.runtime.arrays import Inputs, reading
+from scpl_compile.runtime.data_facts import DATA_FACTS, FIRST_WORD, OTHER_WORD, DataFacts
 from scpl_compile.runtime.splits import Split, Splits, check_parts, take_out
-from scpl_compile.runtime.vocabulary import FIRST_WORD, OTHER_WORD, VOCABULARY, Vocabulary
 
 __all__ = ["csv_splits", "words_of"]
 
@@ -54,39 +54,39 @@ def csv_splits(
     path: Path,
     inputs: Inputs,
     task: str = SINGLE_LABEL,
-    vocabulary: Vocabulary | None = None,
+    facts: DataFacts | None = None,
 ) -> Splits:
     """Columns `text` and `label` (any strings, numbered in their order), and `split` (train,
     validation, test) or none. Where no row is of validation or test, 10 and 20 % of the training
     rows are; a row that alone has one of its labels stays in train. A .tsv file has tabs between
     its columns. Of task multi-label a label is several with a ; between them, or none.
 
-    vocabulary: of the run whose model reads the texts, by which words and labels are numbered; then
+    facts: of the run whose model reads the texts, by which words and labels are numbered; then
     there need be no training rows. None: that of the training rows.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns; a label is in no training
-            row, or not in the vocabulary; the model takes something else than token numbers and a
-            mask, or fewer numbers than the vocabulary has.
+            row, or not among the facts; the model takes something else than token numbers and a
+            mask, or fewer numbers than they have.
     """
     length, size, has_mask = _wanted(spec, inputs)
     is_multi = task == MULTI_LABEL
     given = _read(path, is_multi=is_multi)
-    known = _label_names(path, given) if vocabulary is None else vocabulary.labels
+    known = _label_names(path, given) if facts is None else facts.labels
     labels = _labels(path, given, known, is_multi=is_multi)
     rows, note = _rows(given, labels)
     tokens = [words_of(row.text) for row in given]
-    if vocabulary is None:
+    if facts is None:
         _check_trained(path, given, rows["train"])
         check_parts(spec, sum(row.part in ("", "train") for row in given), rows)
         texts = [tokens[row] for row in rows["train"].tolist()]
-        vocabulary = Vocabulary(words=_frequent(texts, size), labels=known)
-    if size is not None and len(vocabulary.words) > max(0, size - FIRST_WORD):
+        facts = DataFacts(words=_frequent(texts, size), labels=known)
+    if size is not None and len(facts.words) > max(0, size - FIRST_WORD):
         raise DataError(
-            f"{VOCABULARY} has {len(vocabulary.words)} words, and the model takes token numbers "
+            f"{DATA_FACTS} has {len(facts.words)} words, and the model takes token numbers "
             f"below {size}; put the one that was kept with the weights beside them"
         )
-    numbers = {word: i for i, word in enumerate(vocabulary.words, FIRST_WORD)}
+    numbers = {word: i for i, word in enumerate(facts.words, FIRST_WORD)}
 
     def split(part: str) -> Split:
         chosen = [tokens[row] for row in rows[part].tolist()]
@@ -96,7 +96,7 @@ def csv_splits(
     train, validation, test = map(split, _PARTS)
     return Splits(
         name=spec, kind="tensor", num_classes=len(known), train=train, validation=validation,
-        read_test=lambda: test, mean=(), std=(), flip_safe=True, note=note, vocabulary=vocabulary,
+        read_test=lambda: test, flip_safe=True, note=note, facts=facts,
     )  # fmt: skip
 
 

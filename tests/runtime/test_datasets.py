@@ -157,7 +157,7 @@ def test_the_real_fashion_mnist():
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (55000, 5000, 10000)
     assert splits.test.labels.bincount().tolist() == [1000] * 10
     # Published figures of the 60,000 training images (shared by torchvision's examples).
-    assert (splits.mean[0], splits.std[0]) == pytest.approx((0.2860, 0.3530), abs=1e-3)
+    assert (splits.facts.mean[0], splits.facts.std[0]) == pytest.approx((0.2860, 0.3530), abs=1e-3)
 
 
 # --- imagefolder
@@ -185,7 +185,7 @@ def test_an_image_folder_has_a_class_per_folder_and_the_models_size(folder):
     assert isinstance(images, LazyImages) and images.shape == (40, 3, 6, 8)
     pixels = images[torch.arange(40)].float().mean((1, 2, 3))
     assert torch.equal(pixels > 100, splits.train.labels == 1)
-    assert splits.mean == pytest.approx([105 / 255] * 3, abs=0.01)
+    assert splits.facts.mean == pytest.approx([105 / 255] * 3, abs=0.01)
 
 
 def test_missing_parts_of_an_image_folder_come_out_of_train(folder):
@@ -202,7 +202,7 @@ def test_missing_parts_of_an_image_folder_come_out_of_train(folder):
 def test_a_grey_model_gets_grey_images(folder):
     splits = open_splits(f"imagefolder:{folder}", inputs=(spec("x", (1, 4, 4)),))
     assert splits.train.inputs[0].shape == (40, 1, 4, 4)
-    assert len(splits.mean) == 1
+    assert len(splits.facts.mean) == 1
 
 
 def test_a_damaged_test_image_is_found_when_it_is_read(folder):
@@ -239,7 +239,7 @@ def test_image_folders_that_do_not_fit(folder, tmp_path):
     with pytest.raises(DataError, match="takes nothing known"):
         open_splits(name)
     (folder / "test" / "cow").mkdir()
-    with pytest.raises(DataError, match=r"test/cow is no class of the train folder \(cat, dog\)"):
+    with pytest.raises(DataError, match=r"test/cow is no class that is trained \(cat, dog\)"):
         _ = open_splits(name, inputs=IMAGE).test
     (folder / "train" / "cow").mkdir()
     with pytest.raises(DataError, match="train/cow holds no .png or .jpg image"):
@@ -255,7 +255,7 @@ def test_random_images_and_labels_are_uniform():
     splits = open_splits("random:500", inputs=IMAGE, num_classes=4)
     images = splits.train.inputs[0]
     assert images.shape == (500, 3, 6, 8) and images.dtype == torch.uint8
-    assert splits.kind == "image" and splits.mean == pytest.approx([0.5] * 3, abs=0.01)
+    assert splits.kind == "image" and splits.facts.mean == pytest.approx([0.5] * 3, abs=0.01)
     counts = splits.train.labels.bincount(minlength=4)
     assert len(counts) == 4 and counts.min() > 80
     assert (len(splits.validation), len(splits.test)) == (100, 100)

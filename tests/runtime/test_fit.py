@@ -45,9 +45,9 @@ def test_one_channel_is_repeated_and_the_image_resized():
     assert result.shape == (30, 3, 32, 24) and result.is_contiguous()
     assert torch.equal(result[:, 0], result[:, 1]) and torch.equal(result[:, 0], result[:, 2])
     resized = F.interpolate(splits.train.inputs[0].double(), (32, 24), mode="bilinear")
-    expected = (resized[:, 0] / 255 - splits.mean[0]) / splits.std[0]
+    expected = (resized[:, 0] / 255 - splits.facts.mean[0]) / splits.facts.std[0]
     torch.testing.assert_close(  # the resized image is rounded to grey levels
-        result[:, 0].double(), expected, rtol=0, atol=1.01 / 255 / splits.std[0]
+        result[:, 0].double(), expected, rtol=0, atol=1.01 / 255 / splits.facts.std[0]
     )
     assert fit.describe() == ["8x8 images resized to 32x24", "one channel repeated to 3"]
 

@@ -201,18 +201,19 @@ def test_texts(folder: Path, suffix: str) -> None:
     )
 
 
-def test_vocabulary(folder: Path) -> None:
+def test_facts(folder: Path) -> None:
     """That of a run, and texts that it numbers."""
-    data, path = folder / "a.csv", folder / "vocabulary.json"
+    data, path = folder / "a.csv", folder / "data.json"
     data.write_text(ROWS)
-    text = json.dumps({"words": ["film", "good", '"', "é"], "labels": ["neg", "pos"]})
+    words = ["film", "good", '"', "é"]
+    text = json.dumps({"words": words, "labels": ["neg", "pos"], "mean": [0.5], "std": [0.25]})
     path.write_text(text)
 
     def feed(rng: Random) -> None:
         path.write_bytes(mutate_json(rng, text).encode("utf-8", "surrogateescape"))
 
     def read() -> None:
-        splits = open_splits(f"csv:{data}", inputs=TEXT, vocabulary=path)
+        splits = open_splits(f"csv:{data}", inputs=TEXT, facts=path)
         read_all(splits)
         assert splits.train.inputs[0].max() < 30 and splits.train.labels.max() < splits.num_classes
 

@@ -11,6 +11,7 @@ import torch
 
 from scpl_compile.errors import ProgramError
 from scpl_compile.runtime import checkpoint
+from scpl_compile.runtime.data_facts import DataFacts, read_facts
 from scpl_compile.runtime.run_directory import (
     _COMPARED,
     Follower,
@@ -19,7 +20,6 @@ from scpl_compile.runtime.run_directory import (
     trained_by_another,
     trained_steps,
 )
-from scpl_compile.runtime.vocabulary import Vocabulary, read_vocabulary
 
 RESULT = {"accuracy": 0.5, "samples_per_second": None, "steps": 7}
 
@@ -55,15 +55,15 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
-def test_the_vocabulary_is_kept_with_the_run(tmp_path: Path) -> None:
-    words = Vocabulary(words=("film", "né", '"'), labels=("neg", "pos"))
-    RunDirectory(tmp_path / "run", "digest", options()).begin(0, {}, words)
+def test_what_was_learned_of_the_data_is_kept_with_the_run(tmp_path: Path) -> None:
+    facts = DataFacts(words=("film", "né", '"'), labels=("neg", "pos"))
+    RunDirectory(tmp_path / "run", "digest", options()).begin(0, {}, facts)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert files == ["run.json", "vocabulary.json"]
-    assert read_vocabulary(tmp_path / "run" / "vocabulary.json") == words
-    Follower(None, None).begin(0, {}, words)
+    assert files == ["data.json", "run.json"]
+    assert read_facts(tmp_path / "run" / "data.json") == facts
+    Follower(None, None).begin(0, {}, facts)
     RunDirectory(tmp_path / "run", "digest", options(force=True)).begin(0, {})
-    assert not (tmp_path / "run" / "vocabulary.json").exists()
+    assert not (tmp_path / "run" / "data.json").exists()
 
 
 def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path) -> None:

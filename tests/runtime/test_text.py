@@ -74,7 +74,7 @@ def test_rows_taken_out_of_train_give_the_vocabulary_no_word(tmp_path: Path, spl
     columns = "text,label,split" if split else "text,label"
     found = opened(tmp_path, f"{columns}\n{rows}", "ids:int64:4<500")
     assert (len(found.test), len(found.validation)) == (20, 10)
-    assert found.vocabulary is not None and len(found.vocabulary.words) == 70
+    assert found.facts is not None and len(found.facts.words) == 70
     assert found.train.inputs[0][:, 0].min() == 2
     for part in (found.test, found.validation):
         assert part.inputs[0].unique().tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""A run of text keeps its words and labels; what is done with its weights goes by them."""
+"""A run keeps what it learned of its data; what is done with its weights goes by that."""
 
 import json
 import os
@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from processes import train_ranks
 from run_files import final
 from scpl_compile import compile_model
 from scpl_compile.errors import DataError, ProgramError
 from scpl_compile.inputs import parse_inputs
+from scpl_compile.runtime import data_facts as facts_module
 from scpl_compile.runtime import open_loader as open_loader_module
 from scpl_compile.runtime import run as run_module
-from scpl_compile.runtime import vocabulary as vocabulary_module
 from scpl_compile.runtime.data import Loader
+from scpl_compile.runtime.data_facts import DataFacts, read_facts
 from scpl_compile.runtime.datasets import open_splits
 from scpl_compile.runtime.splits import Splits
-from scpl_compile.runtime.vocabulary import Vocabulary, read_vocabulary
 
 Train = Callable[..., Any]
 Scpl = Callable[..., Any]
@@ -86,14 +88,15 @@ def told(result: Any) -> dict[str, Any]:
     return {name: facts[name] for name in ("accuracy", "num_samples", "losses")}
 
 
-def open_texts(path: Path, text: str, vocabulary: Path, task: str = "single-label") -> Splits:
+def open_texts(path: Path, text: str, facts: Path, task: str = "single-label") -> Splits:
     path.write_text(text)
-    return open_splits(f"csv:{path}", inputs=INPUTS, task=task, vocabulary=vocabulary)
+    return open_splits(f"csv:{path}", inputs=INPUTS, task=task, facts=facts)
 
 
 def kept(folder: Path, **changes: Any) -> Path:
-    path = folder / "vocabulary.json"
-    path.write_text(json.dumps({"words": ["film", "good"], "labels": ["b", "a"], **changes}))
+    path = folder / "data.json"
+    facts = {"words": ["film", "good"], "labels": ["b", "a"], "mean": [], "std": [], **changes}
+    path.write_text(json.dumps(facts))
     return path
 
 
@@ -105,7 +108,7 @@ def test_trained_weights_are_evaluated_by_the_numbers_of_their_run(
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "texts.csv"
     assert train(text_program, "--data", f"csv:{data}", "--run-dir", run, *OPTIONS).code == 0
-    words = json.loads((run / "vocabulary.json").read_text())
+    words = json.loads((run / "data.json").read_text())
     assert words["labels"] == ["neg", "pos"]
     assert words["words"][:3] == ["film", "bad", "good"]
 
@@ -125,9 +128,9 @@ def test_trained_weights_are_evaluated_by_the_numbers_of_their_run(
         f"error: {only}, line 4: the model was trained without the label 'odd'; it knows 'neg', "
         "'pos'; mend the label, or leave the row out\n"
     )
-    (run / "vocabulary.json").unlink()  # as of an older run
+    (run / "data.json").unlink()  # as of an older run
     refused = evaluate(data)
-    assert refused.exit_code == 1 and "run/vocabulary.json is missing" in refused.stderr
+    assert refused.exit_code == 1 and "run/data.json is missing" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 
@@ -142,7 +145,7 @@ def test_a_resumed_run_goes_by_the_numbers_it_began_with(
         assert train(text_program, *given).code == 0
     else:
         assert [one.code for one in train_ranks(text_program, *given)] == [0, 0]
-    words = (run / "vocabulary.json").read_bytes()
+    words = (run / "data.json").read_bytes()
     weights = final(run)
     for name in ("result.json", "final.safetensors"):  # as if killed at the end
         (run / name).unlink()
@@ -157,11 +160,11 @@ def test_a_resumed_run_goes_by_the_numbers_it_began_with(
     if engine == "threads":
         ran = train(text_program, *given, "--resume")
         assert ran.code == 0
-        assert [str(loader.splits.vocabulary.words[1]) for loader in opened] == ["bad"]
+        assert [str(loader.splits.facts.words[1]) for loader in opened] == ["bad"]
     else:
         ran = train_ranks(text_program, *given, "--resume")[0]
     assert "100.00 % on the test split after 40 steps" in ran.stderr
-    assert (run / "vocabulary.json").read_bytes() == words
+    assert (run / "data.json").read_bytes() == words
     assert all(torch.equal(weights[name], value) for name, value in final(run).items())
 
 
@@ -169,16 +172,57 @@ def test_an_older_run_is_not_gone_on_with(text_program: Path, tmp_path: Path, tr
     run = tmp_path / "run"
     given = ("--data", f"csv:{tmp_path / 'texts.csv'}", "--run-dir", run, *OPTIONS)
     assert train(text_program, *given, "--save-every", 20).code == 0
-    for name in ("result.json", "vocabulary.json"):
+    for name in ("result.json", "data.json"):
         (run / name).unlink()
     ran = train(text_program, *given, "--resume")
     assert ran.code == 1
-    assert ran.stderr.startswith(f"error: {run / 'vocabulary.json'} is missing")
+    assert ran.stderr.startswith(f"error: {run / 'data.json'} is missing")
 
 
-def test_other_data_has_no_vocabulary(program: Path, train: Train) -> None:
-    assert train(program, "--data", "random:40", "--steps", 1, "--batch-size", 16).code == 0
-    assert not (program / "run" / "vocabulary.json").exists()
+def test_tensors_leave_nothing_to_be_kept(text_program: Path, tmp_path: Path, train: Train) -> None:
+    given = ("--data", "random:40", "--steps", 1, "--batch-size", 16, "--run-dir", tmp_path / "run")
+    assert train(text_program, *given).code == 0
+    assert not (tmp_path / "run" / "data.json").exists()
+
+
+# ---------------------------------------------------------------------- images
+
+
+def write_images(folder: Path, shades: dict[str, int]) -> Path:
+    """Plain images of 8x8, the same for train, validation and test; by class their shade."""
+    for part in ("train", "validation", "test"):
+        for name, shade in shades.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(8):
+                image = Image.fromarray(np.full((8, 8), shade + i, dtype=np.uint8))
+                image.save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def test_images_are_normalised_and_numbered_as_they_were_trained(
+    program: Path, tmp_path: Path, train: Train, scpl: Scpl
+) -> None:
+    """Of the second folder's own, the mean is another one and class 0 is that of the white ones."""
+    given = ("--run-dir", tmp_path / "run", "--batch-size", 8, "--epochs", 12, "--lr", 0.02)
+    trained = write_images(tmp_path / "trained", {"black": 0, "grey": 120, "white": 240})
+    assert train(program, "--data", f"imagefolder:{trained}", *given).code == 0
+    facts = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert facts["labels"] == ["black", "grey", "white"] and facts["words"] == []
+    assert facts["mean"] == pytest.approx([(120 + 3.5) / 255])
+    others = write_images(tmp_path / "others", {"white": 240, "grey": 120})
+
+    def evaluate(folder: Path) -> Any:
+        where = ("--data", f"imagefolder:{folder}", "--run-dir", tmp_path / "run", "--json")
+        return scpl("evaluate", program, *where)
+
+    assert told(evaluate(trained))["accuracy"] == told(evaluate(others))["accuracy"] == 1.0
+    (tmp_path / "others" / "test" / "pink").mkdir()
+    assert evaluate(tmp_path / "others").stderr.endswith(
+        "pink is no class that is trained (black, grey, white)\n"
+    )
+    (tmp_path / "others" / "test" / "pink").rmdir()
+    (tmp_path / "run" / "data.json").unlink()  # as of weights from elsewhere
+    assert told(evaluate(others))["accuracy"] < 1.0
 
 
 # ---------------------------------------------------------------------- the numbers
@@ -192,7 +236,7 @@ def test_words_and_labels_have_the_numbers_of_the_vocabulary(tmp_path: Path) -> 
     assert found.train.inputs[0].tolist() == [[3, 1, 2], [1, 0, 0]]
     assert found.train.labels.tolist() == [1, 0]
     assert (found.test.inputs[0].tolist(), found.test.labels.tolist()) == ([[1, 2, 0]], [1])
-    assert found.vocabulary == Vocabulary(words=("film", "good"), labels=("b", "a"))
+    assert found.facts == DataFacts(words=("film", "good"), labels=("b", "a"))
     assert (
         open_texts(tmp_path / "a.csv", text, kept(tmp_path, labels=["c", "b", "a"])).num_classes
         == 3
@@ -211,7 +255,7 @@ def test_several_labels_have_the_columns_of_the_vocabulary(tmp_path: Path) -> No
 def test_a_vocabulary_that_is_too_large_for_the_model_is_told(tmp_path: Path) -> None:
     words = kept(tmp_path, words=list("abcdefg"))
     assert len(open_texts(tmp_path / "a.csv", "text,label\na,a\n", words).train) == 1
-    with pytest.raises(DataError, match=r"vocabulary\.json has 8 words, and the model .* below 9"):
+    with pytest.raises(DataError, match=r"data\.json has 8 words, and the model .* below 9"):
         open_texts(tmp_path / "a.csv", "text,label\na,a\n", kept(tmp_path, words=list("abcdefgh")))
 
 
@@ -226,19 +270,26 @@ def test_a_vocabulary_that_is_too_large_for_the_model_is_told(tmp_path: Path) ->
         (b"[" * 10**5, "recursion"),
         (b"[]", "must be an object"),
         (b'{"words": ["a"]}', "lacks the field 'labels'"),
-        (b'{"words": ["a"], "labels": [], "x": 1}', "unknown field 'x'"),
-        (b'{"words": "a", "labels": ["a"]}', "words must be an array, not 'a'"),
-        (b'{"words": ["a", 1], "labels": ["a"]}', r"words\[1\] must be str, not 1"),
-        (b'{"words": ["a", "b", "a"], "labels": ["a"]}', "a word stands there twice"),
-        (b'{"words": [], "labels": ["a", "a"]}', "a label stands there twice"),
-        (b'{"words": [], "labels": []}', "there is no label"),
+        ({"x": 1}, "unknown field 'x'"),
+        ({"words": "a"}, "words must be an array, not 'a'"),
+        ({"words": ["a", 1]}, r"words\[1\] must be str, not 1"),
+        ({"words": ["a", "b", "a"]}, "a word stands there twice"),
+        ({"labels": ["a", "a"]}, "a label stands there twice"),
+        ({"mean": [0.5]}, "mean and std are not as many finite numbers"),
+        ({"mean": [float("nan")], "std": [1.0]}, "mean and std are not as many finite numbers"),
+        ({"mean": [0.5], "std": [0.0]}, r"a std is 0\.0"),
     ],
 )
-def test_a_damaged_file_is_told(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "vocabulary.json"
-    path.write_bytes(content)
-    with pytest.raises(ProgramError, match=rf"vocabulary\.json is damaged \(.*{message}"):
-        read_vocabulary(path)
+def test_a_damaged_file_is_told(
+    tmp_path: Path, content: bytes | dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "data.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        kept(tmp_path, **content)
+    with pytest.raises(ProgramError, match=rf"data\.json is damaged \(.*{message}"):
+        read_facts(path)
 
 
 def test_neither_a_pipe_nor_a_huge_file_is_read(
@@ -246,7 +297,7 @@ def test_neither_a_pipe_nor_a_huge_file_is_read(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ProgramError, match="pipe is missing"):
-        read_vocabulary(tmp_path / "pipe")
-    monkeypatch.setattr(vocabulary_module, "_MOST_BYTES", 20)
+        read_facts(tmp_path / "pipe")
+    monkeypatch.setattr(facts_module, "_MOST_BYTES", 20)
     with pytest.raises(ProgramError, match="is damaged .it has more than 20 bytes"):
-        read_vocabulary(kept(tmp_path))
+        read_facts(kept(tmp_path))
