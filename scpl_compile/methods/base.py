@@ -16,6 +16,7 @@ from scpl_compile.runtime.loss_options import (
 )
 
 __all__ = [
+    "PRESETS",
     "Mask",
     "Method",
     "StageView",
@@ -26,6 +27,8 @@ __all__ = [
     "local_loss",
     "losses_of",
 ]
+
+PRESETS = ("default", "paper")
 
 
 def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
@@ -96,7 +99,8 @@ class StageView:
 class Method(ABC):
     """One way to train a cut model. Subclasses: one file each beside this one.
 
-    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
+    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one, of
+    runtime.schedules.DECOUPLED, or where gradients cross the cuts of JOINED. presets: of PRESETS,
     those that `make` takes. leaves_classifier: the model's own classifier is not trained. tasks: of
     ir.TASKS, those that its losses can train on (view.task tells which it is).
     """
@@ -143,6 +147,10 @@ class Method(ABC):
         """Raises MethodError where the losses, with their options, cannot train on `task`."""
         if task not in TASKS:
             raise MethodError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        if task not in self.tasks and task == SINGLE_LABEL:
+            raise MethodError(
+                f"method {self.name!r} takes no task {task!r}; give --task {self.tasks[0]}"
+            )
         if task not in self.tasks:
             raise MethodError(
                 f"method {self.name!r} takes one label per sample, no task {task!r}; methods scpl, "

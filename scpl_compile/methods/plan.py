@@ -22,6 +22,7 @@ from scpl_compile.ir import (
 from scpl_compile.methods.base import Mask, Method, StageView, Value, losses_of
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 from scpl_compile.methods.steps import inference_of
+from scpl_compile.runtime.schedules import allowed_schedules
 
 __all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
 
@@ -114,19 +115,20 @@ def build_plan(
     stages = tuple(
         _stage(k, flow, capture, losses[k], facts.stage_us[k]) for k in range(num_stages)
     )
-    return Plan(
+    cuts = tuple(
+        Cut(
+            index=i,
+            after=_last_node(stage_of, i),
+            crossings=(*flow.crossings[i], *codes[i]),
+            detach=method.detach,
+        )
+        for i in range(num_stages - 1)
+    )
+    plan = Plan(
         method=method.name,
         model=facts.model,
         stages=stages,
-        cuts=tuple(
-            Cut(
-                index=i,
-                after=_last_node(stage_of, i),
-                crossings=(*flow.crossings[i], *codes[i]),
-                detach=method.detach,
-            )
-            for i in range(num_stages - 1)
-        ),
+        cuts=cuts,
         edges=tuple((i, i + 1) for i in range(num_stages - 1)),
         inputs=capture.inputs,
         batch_size=capture.batch_size,
@@ -148,6 +150,18 @@ def build_plan(
         versions=facts.versions,
         task=facts.task,
     )
+    _check_schedule(plan)
+    return plan
+
+
+def _check_schedule(plan: Plan) -> None:
+    """The methods of scpl_compile have losses that go with their schedules; one's own may not."""
+    if plan.schedule not in (allowed := allowed_schedules(plan)):
+        raise MethodError(
+            f"method {plan.method!r} has losses with heads, and schedule {plan.schedule!r}, which "
+            f"trains by the cross entropy of the model's own logits alone; with detach = False and "
+            f"such losses the schedule is {allowed[0]!r}"
+        )
 
 
 def _code_crossings(

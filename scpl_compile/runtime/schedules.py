@@ -5,9 +5,12 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import SINGLE_LABEL, Plan
 
 __all__ = [
+    "DECOUPLED",
+    "JOINED",
     "WHOLE",
     "allowed_schedules",
     "check_schedule",
+    "is_joined",
     "is_parallel",
     "num_ranks",
     "stage_columns",
@@ -17,12 +20,27 @@ WHOLE = "ddp"
 """The unsplit model on every rank, each with its share of the batch."""
 _ON_RANKS = (*PIPELINES, WHOLE)
 
+DECOUPLED = ("stream", "in_step", "sequential")
+"""Where gradients stop at the cuts."""
+JOINED = ("bp", *_ON_RANKS)
+"""Where they cross them."""
+
+
+def is_joined(plan: Plan) -> bool:
+    """Whether gradients cross the cuts; a plan without cuts has the schedule of its method too."""
+    return plan.schedule in JOINED
+
 
 def allowed_schedules(plan: Plan) -> tuple[str, ...]:
-    """The schedules that the plan's method allows; the first is the default in one process."""
-    if plan.method != "bp":
-        return ("stream", "in_step", "sequential")
-    return ("bp", *_ON_RANKS)
+    """The schedules that the plan allows; the first is the default in one process.
+
+    Those that split the batch sum what its parts give, which is the gradient of the mean cross
+    entropy, and of no loss that compares samples. They know of no loss before the last stage.
+    """
+    if not is_joined(plan):
+        return DECOUPLED
+    has_heads = any(loss.has_head for stage in plan.stages for loss in stage.losses)
+    return JOINED[:1] if has_heads else JOINED
 
 
 def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
