@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from keyword import iskeyword
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,6 +27,9 @@ from scpl_compile.runtime.objectives import LOSS_CLASSES, build_loss, loss_class
 
 __all__ = ["check_exit", "module_loss"]
 
+_SCALARS = (bool, int, float, str)
+"""As ir.Scalar, and none of their subclasses, which a plan reads back as another type."""
+_RESERVED = ("self", "num_classes", "in_shapes", "batch_dims", "stop_at")
 _READS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _IS_WITHOUT_DATA = re.compile(r"FakeTensor|tensor subclass")
 """In messages of numpy() and of a format with a precision."""
@@ -46,11 +50,14 @@ def module_loss(
     without data. kind: of scpl_compile's own classes; "own": of a class in a Python file.
     code_width: of the code of the labels that it takes, 0 where it takes none.
 
+    options: by the name of an argument; scalars, for a plan and the emitted program record them.
+
     Raises:
-        MethodError: it cannot be built with these options, or cannot run on these shapes; it is of
-            another kind, or gives a code.
+        LossError: an option is no scalar; the module is of another kind, or gives a code.
+        MethodError: it cannot be built with these options, or cannot run on these shapes.
     """
     _check_kind(module, kind)
+    _check_options(module, options)
     shapes, batch_dims, layout = features_of(values)
     if layout != "auto" and "layout" in inspect.signature(module).parameters:
         options = {"layout": layout, **options}
@@ -94,6 +101,28 @@ def _check_kind(module: type[nn.Module], kind: str) -> None:
             f"loss {name} is not of the kind {kind!r}, which is for a class of scpl_compile; leave "
             "kind out for one of your own"
         )
+
+
+def _check_options(module: type[nn.Module], options: object) -> None:
+    name = module.__qualname__
+    if not isinstance(options, Mapping):
+        raise LossError(f"loss {name} has the options {options!r:.60}; give them as a dict by name")
+    for key, value in options.items():
+        if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
+            raise LossError(
+                f"loss {name} has an option {key!r:.60}, which is no name of an argument"
+            )
+        if key in _RESERVED:
+            raise LossError(
+                f"loss {name} has an option {key!r}, which scpl_compile gives itself; name it "
+                "otherwise"
+            )
+        if type(value) not in _SCALARS:
+            raise LossError(
+                f"loss {name} has the option {key} = {value!r:.60} ({type(value).__name__}); it "
+                f"must be one of {', '.join(one.__name__ for one in _SCALARS)}: give several "
+                "values as several options, or as text"
+            )
 
 
 def _source(module: type[nn.Module]) -> LossSource:
