@@ -1,12 +1,13 @@
 """What a method is: where gradients stop, and what each stage trains on."""
 
 import inspect
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from scpl_compile.errors import LossError, MethodError, ScplError
+from scpl_compile.errors import LossError, MethodError, OwnCodeError, ScplError
 from scpl_compile.ir import SINGLE_LABEL, TASKS, LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
@@ -24,6 +25,7 @@ __all__ = [
     "cross_entropy_loss",
     "features_of",
     "last_losses",
+    "line_of",
     "local_loss",
     "losses_of",
 ]
@@ -35,7 +37,9 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
     """What `method` says of a stage, whoever wrote it.
 
     Raises:
-        MethodError: its own, or it fails or gives something else than losses.
+        MethodError: its own.
+        OwnCodeError: it fails; the message says in which line of the class's file.
+        LossError: it gives something else than losses.
     """
     try:
         found = method.losses(view)
@@ -43,7 +47,10 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
         raise
     except Exception as error:
         kind = type(error).__name__
-        raise MethodError(f"losses() of method {method.name!r} fails: {kind}: {error}") from error
+        where = line_of(error, type(method))
+        raise OwnCodeError(
+            f"losses() of method {method.name!r} fails: {kind}: {error}{where}"
+        ) from error
     if not isinstance(found, (tuple, list)) or not all(isinstance(x, LocalLoss) for x in found):
         raise LossError(
             f"losses() of method {method.name!r} must give a tuple of losses, not {found!r:.60}"
@@ -58,6 +65,16 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
             "those of Associated Learning can; leave `code` and `gives` empty"
         )
     return tuple(found)
+
+
+def line_of(error: BaseException, cls: type) -> str:
+    """In brackets the last line in the file of `cls` on the way to `error`; "" if there is none."""
+    try:
+        path = inspect.getsourcefile(cls)
+    except TypeError:  # a class that was typed in
+        return ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

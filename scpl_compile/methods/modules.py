@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from scpl_compile.errors import LossError, MethodError, ScplError, context
+from scpl_compile.capture.quiet import quiet
+from scpl_compile.errors import LossError, MethodError, OwnCodeError, ScplError, context
 from scpl_compile.ir import MULTI_LABEL, LocalLoss, LossSource, Scalar
-from scpl_compile.methods.base import StageView, Value, features_of
+from scpl_compile.methods.base import StageView, Value, features_of, line_of
 from scpl_compile.runtime.loading import file_sha256
 from scpl_compile.runtime.objectives import LOSS_CLASSES, build_loss, loss_class
 
@@ -54,7 +55,8 @@ def module_loss(
 
     Raises:
         LossError: an option is no scalar; the module is of another kind, or gives a code.
-        MethodError: it cannot be built with these options, or cannot run on these shapes.
+        OwnCodeError: it cannot be built with these options, or cannot run on these shapes
+            (MethodError, where it is of scpl_compile).
     """
     _check_kind(module, kind)
     _check_options(module, options)
@@ -152,7 +154,7 @@ def _cost(
         return module(num_classes=num_classes, in_shapes=in_shapes, **more, **dict(options))
 
     shape = (batch_size, num_classes) if is_multi_label else (batch_size,)
-    with _without_data(name, in_shapes):
+    with _without_data(module, in_shapes):
         made = _built(build)
         features = _features(in_shapes, batch_dims, batch_size)
         given = {"labels": torch.zeros(shape, dtype=torch.bool if is_multi_label else torch.int64)}
@@ -176,10 +178,11 @@ def check_exit(stage: int, loss: LocalLoss, num_classes: int, batch_size: int) -
     Raises:
         MethodError: it has no `logits`, or that fails or gives something else than logits.
     """
-    name = loss_class(loss).__qualname__
+    module = loss_class(loss)
+    name = module.__qualname__
     wanted = f"logits(*features, mask=None) that gives (B, {num_classes})"
     with context(f"the exit of stage {stage}"):
-        with _without_data(name, loss.in_shapes):
+        with _without_data(module, loss.in_shapes):
             made = _built(partial(build_loss, loss, num_classes)).eval()
             if not callable(logits := getattr(made, "logits", None)):
                 raise LossError(f"loss {name} has no `logits`; give the class a method {wanted}")
@@ -216,10 +219,13 @@ def _features(
 
 
 @contextmanager
-def _without_data(name: str, in_shapes: tuple[tuple[int, ...], ...]) -> Iterator[None]:
-    """Runs the block of loss `name` on tensors without data; how it fails is a MethodError."""
+def _without_data(
+    module: type[nn.Module], in_shapes: tuple[tuple[int, ...], ...]
+) -> Iterator[None]:
+    """Runs the block of this loss on tensors without data; how it fails is a MethodError."""
+    name = module.__qualname__
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     except ScplError:
         raise
@@ -232,6 +238,7 @@ def _without_data(name: str, in_shapes: tuple[tuple[int, ...], ...]) -> Iterator
                 "product with a mask in place of `if`, item(), tolist(), numpy() and x[mask]"
             ) from error
         shapes = ", ".join(map(str, in_shapes))
-        raise MethodError(
-            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}"
+        kind = MethodError if module in LOSS_CLASSES.values() else OwnCodeError
+        raise kind(
+            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}{line_of(error, module)}"
         ) from error
