@@ -24,6 +24,7 @@ from scpl_compile.emit.layout import WIDTH, plain
 from scpl_compile.emit.stages import stages_source, stamp
 from scpl_compile.errors import EmitError, ScplError
 from scpl_compile.ir import Plan, from_json, to_json
+from scpl_compile.runtime.growth import can_grow
 from scpl_compile.runtime.program import save_weights
 from scpl_compile.runtime.schedules import allowed_schedules, num_ranks
 
@@ -54,7 +55,7 @@ def train_source(plan: Plan) -> str:
         schedule=plan.schedule,
         schedules=_others(plan),
         microbatches=_MICROBATCHES if "gpipe" in allowed_schedules(plan) else "",
-        grow=_GROW if plan.method == "dascpl" and plan.num_stages > 1 else "",
+        grow=_GROW if can_grow(plan) else "",
         devices=",".join(devices),
         threads_per_stage=plan.threads_per_stage,
     )
