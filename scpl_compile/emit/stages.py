@@ -6,6 +6,7 @@ from scpl_compile.capture import Capture
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import plain
 from scpl_compile.emit.model import build_model_lines
+from scpl_compile.emit.own_losses import builder_lines, builder_names
 from scpl_compile.emit.stage_class import StageWriter, stage_title
 from scpl_compile.errors import context
 from scpl_compile.ir import SINGLE_LABEL, Plan
@@ -27,10 +28,11 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
         EmitError: a node has no text form; the message names its stage.
     """
     classes = [f"Stage{stage.index}" for stage in plan.stages]
-    imports = Imports(own=classes)
+    builders = builder_names(plan)
+    imports = Imports(own=[*classes, *builders.values()])
     for module, name in (("torch", "Tensor"), ("torch", "nn"), ("typing", "Any")):
         imports.name(module, name)
-    bodies = []
+    bodies = [builder_lines(source, name, imports) for source, name in builders.items()]
     for stage in plan.stages:
         with context(f"stage {stage.index}"):
             bodies.append(StageWriter(plan, stage, capture, stage_of, imports).lines())
