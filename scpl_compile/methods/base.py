@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from scpl_compile.cost import DeviceSpec, op_cost
 from scpl_compile.errors import LossError, MethodError, OwnCodeError, ScplError
 from scpl_compile.ir import SINGLE_LABEL, TASKS, LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
@@ -27,6 +28,7 @@ __all__ = [
     "last_losses",
     "line_of",
     "local_loss",
+    "loss_us",
     "losses_of",
 ]
 
@@ -67,6 +69,11 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
     return tuple(found)
 
 
+def loss_us(loss: LocalLoss, device: DeviceSpec) -> float:
+    """Forward and backward of a local loss, microseconds."""
+    return op_cost(3 * loss.flops, 3 * 4 * loss.num_parameters, device)
+
+
 def line_of(error: BaseException, cls: type) -> str:
     """In brackets the last line in the file of `cls` on the way to `error`; "" if there is none."""
     try:
@@ -97,6 +104,8 @@ class Mask:
 class StageView:
     """What a method sees of a stage, or of a candidate for one.
 
+    index: 0 for every candidate, since nobody knows yet how many cuts come before it: losses that
+    depend on it are balanced as those of the first stage, and shown with the cost that they have.
     sends: the gradient-carrying tensors that the stage computes and the next stages read.
     mask: the model's padding mask, if it has one.
     feature, output: of the last stage: what the model's own classifier reads (None where that is

@@ -15,10 +15,10 @@ from scpl_compile.capture import (
     trained_nodes,
 )
 from scpl_compile.capture.normalize import is_field_read
-from scpl_compile.cost import DeviceSpec, op_cost
+from scpl_compile.cost import DeviceSpec
 from scpl_compile.errors import LossError, MethodError, OwnCodeError, PartitionError
-from scpl_compile.ir import SINGLE_LABEL, LocalLoss, NodeCost, TensorMeta
-from scpl_compile.methods.base import Method, losses_of
+from scpl_compile.ir import SINGLE_LABEL, NodeCost, TensorMeta
+from scpl_compile.methods.base import Method, loss_us, losses_of
 from scpl_compile.methods.flow import meta_of
 from scpl_compile.methods.plan import candidate_view, last_view
 from scpl_compile.partition import PartitionProblem
@@ -121,11 +121,6 @@ def _open_modules(before: fx.Node, after: fx.Node) -> int:
             break
         depth += 1
     return depth
-
-
-def loss_us(loss: LocalLoss, device: DeviceSpec) -> float:
-    """Forward and backward of a local loss, microseconds."""
-    return op_cost(3 * loss.flops, 3 * 4 * loss.num_parameters, device)
 
 
 def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:
