@@ -73,6 +73,10 @@ def make_method(
             user's own class has an attribute that is none.
         SourceError: the user's own file is missing, or fails.
     """
+    if not isinstance(name, str):
+        raise MethodError(
+            f"method {name!r:.60} is no name; give one, as 'scpl', or file.py:Class of your own"
+        )
     if preset not in PRESETS:
         raise MethodError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     if name in BP_SCHEDULES:
