@@ -220,6 +220,7 @@ def _plan(
     placement = _placement(devices, num_stages, split_at)
     chosen = make_method(method, preset=preset, is_text=_is_text(specs), options=options)
     chosen.check_task(task)
+    device = DEVICES["cuda" if placement[0].startswith("cuda") else "cpu"]
     cutting = cut_model(
         module,
         CutRequest(
@@ -228,7 +229,7 @@ def _plan(
             output=output,
             num_classes=num_classes,
             method=chosen,
-            device=DEVICES["cuda" if placement[0].startswith("cuda") else "cpu"],
+            device=device,
             num_stages=len(placement),
             split_at=tuple(split_at),
             frontend=frontend,
@@ -257,6 +258,7 @@ def _plan(
         source=model_source,
         versions=versions(),
         task=task,
+        device=device,
     )
     plan = build_plan(coarse, coarse_stage_of, chosen, facts)
     if notice := untrained_notice(plan):

@@ -10,7 +10,7 @@ from torch import nn
 from scpl_compile.capture import FRONTENDS, Capture, capture
 from scpl_compile.capture.outputs import keep_output, outputs_of
 from scpl_compile.cost import DeviceSpec, node_costs
-from scpl_compile.errors import CaptureError, PartitionError, TraceError
+from scpl_compile.errors import CaptureError, OwnCodeError, PartitionError, TraceError
 from scpl_compile.ir import SINGLE_LABEL, InputSpec, NodeCost
 from scpl_compile.methods.base import Method
 from scpl_compile.methods.cuts import cut_problem, split_nodes
@@ -115,20 +115,22 @@ def cut_model(model: nn.Module, request: CutRequest, captures: Captures | None =
     Raises:
         CaptureError: no frontend can take the graph, or the inputs do not fit.
         PartitionError: no graph has such a cut.
+        MethodError: the method cannot be applied; its own code fails wherever a cut could be.
     """
     captures = captures or Captures()
     best: Cutting | None = None
     reasons: list[str] = []  # why modules were kept whole, or the model refused
-    failure: CaptureError | PartitionError | None = None
+    failure: CaptureError | PartitionError | OwnCodeError | None = None
     for frontend in [request.frontend] if request.frontend else FRONTENDS:
         is_last_resort = frontend == "record-second-call" and not request.frontend
         if is_last_resort and not any("changes its attribute" in text for text in reasons):
             break
         try:
             found, is_balanced = _cut(captures.of(model, request, frontend), request)
-        except (CaptureError, PartitionError) as error:
+        except (CaptureError, PartitionError, OwnCodeError) as error:
             # Of inputs that do not fit, the first frontend tells the most; of code, the second.
-            is_told = isinstance(failure, CaptureError) and not isinstance(failure, TraceError)
+            is_told = isinstance(failure, (CaptureError, OwnCodeError))
+            is_told = is_told and not isinstance(failure, TraceError)
             failure = failure if is_told or is_last_resort else error
             reasons.append(str(error))
             continue

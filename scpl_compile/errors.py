@@ -8,7 +8,8 @@
     │   └── TraceError        by this frontend; another may do it
     ├── PartitionError    the graph has no such cut
     ├── MethodError       a method, loss, head or schedule does not fit the plan
-    │   └── LossError         a loss of one's own, wherever the cut is
+    │   ├── LossError         a loss of one's own, wherever the cut is
+    │   └── OwnCodeError      code of one's own fails, on the shapes of one place
     ├── EmitError         the program directory
     ├── VerifyError       the emitted stages differ from the model
     ├── ProgramError      a plan, weights or checkpoint file: damaged, foreign, another version
@@ -28,6 +29,7 @@ __all__ = [
     "EmitError",
     "LossError",
     "MethodError",
+    "OwnCodeError",
     "PartitionError",
     "ProgramError",
     "ScplError",
@@ -65,6 +67,10 @@ class MethodError(ScplError):
 
 class LossError(MethodError):
     """A method or loss of the user's own cannot be used, wherever the model is cut."""
+
+
+class OwnCodeError(MethodError):
+    """A method or loss of the user's own raised something; on other shapes it may not."""
 
 
 class EmitError(ScplError):

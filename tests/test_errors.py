@@ -16,7 +16,7 @@ CLASSES = [
 
 def test_every_error_is_a_scpl_error_and_stands_in_the_drawing() -> None:
     drawing = errors.__doc__ or ""
-    assert len(CLASSES) == 12
+    assert len(CLASSES) == 13
     for error in CLASSES:
         assert issubclass(error, ScplError) and error.__name__ in drawing
         assert error is ScplError or error.__bases__ in (

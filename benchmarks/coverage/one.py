@@ -40,7 +40,7 @@ from scpl_compile.capture import capture  # noqa: E402
 from scpl_compile.cost import DEVICES  # noqa: E402
 from scpl_compile.errors import ScplError  # noqa: E402
 from scpl_compile.ir import Plan, Stage  # noqa: E402
-from scpl_compile.methods.cuts import loss_us  # noqa: E402
+from scpl_compile.methods.base import loss_us  # noqa: E402
 from scpl_compile.sources import derive_inputs, load_model  # noqa: E402
 
 __all__ = ["LIMIT", "NUM_STAGES", "Outcome", "Row", "answer", "as_json", "run_one", "without_paths"]

@@ -24,11 +24,13 @@ from scpl_compile.emit.layout import WIDTH, plain
 from scpl_compile.emit.stages import stages_source, stamp
 from scpl_compile.errors import EmitError, ScplError
 from scpl_compile.ir import Plan, from_json, to_json
+from scpl_compile.runtime.growth import can_grow
 from scpl_compile.runtime.program import save_weights
 from scpl_compile.runtime.schedules import allowed_schedules, num_ranks
 
 __all__ = ["GENERATED", "check_target", "program_directory", "train_source", "write_program"]
 
+_MICROBATCHES = "microbatches = 8  # of gpipe, 1f1b and zb\n"
 _GROW = (
     'grow = ""  # as in 1,2: the epochs from which stages 1, 2, … take part; until then they rest\n'
 )
@@ -52,8 +54,8 @@ def train_source(plan: Plan) -> str:
         picture=_picture(plan),
         schedule=plan.schedule,
         schedules=_others(plan),
-        microbatches="microbatches = 8  # of gpipe, 1f1b and zb\n" if plan.method == "bp" else "",
-        grow=_GROW if plan.method == "dascpl" and plan.num_stages > 1 else "",
+        microbatches=_MICROBATCHES if "gpipe" in allowed_schedules(plan) else "",
+        grow=_GROW if can_grow(plan) else "",
         devices=",".join(devices),
         threads_per_stage=plan.threads_per_stage,
     )

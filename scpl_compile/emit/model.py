@@ -46,12 +46,11 @@ def build_model_lines(source: ModelSource | None, imports: Imports) -> list[str]
 
 def _refusal(imports: Imports) -> list[str]:
     error = imports.name("scpl_compile.errors", "ProgramError")
+    text = '"this program was compiled from a model object; compile it with source="'
     return [
         _HEAD,
         '    """Not possible: the model was given as an object, so its code is not known."""',
-        f"    raise {error}(",
-        '        "this program was compiled from a model object; compile it with source="',
-        "    )",
+        *call_lines(f"raise {error}", [text], 4),
     ]
 
 

@@ -18,6 +18,7 @@ from scpl_compile.emit.expressions import (
 )
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import Argument, call_lines, plain, signature_lines, tuple_lines
+from scpl_compile.emit.own_losses import builder_names
 from scpl_compile.errors import EmitError
 from scpl_compile.ir import MULTI_LABEL, Crossing, LocalLoss, Plan, Stage, first_and_last
 from scpl_compile.methods.flow import value_name
@@ -116,8 +117,7 @@ class StageWriter:
     def _loss_class(self, loss: LocalLoss) -> str:
         if loss.source is None:
             return self._runtime(loss_class(loss).__name__)
-        where = (loss.source.path, loss.source.name, loss.source.sha256)
-        return f"{self._runtime('load_callable')}({', '.join(map(self._constant, where))})"
+        return builder_names(self._plan)[loss.source]
 
     def _loss_arguments(self, loss: LocalLoss) -> list[Argument]:
         arguments: dict[str, object] = {

@@ -6,9 +6,11 @@ from scpl_compile.capture import Capture
 from scpl_compile.emit.imports import RUNTIME, Imports
 from scpl_compile.emit.layout import plain
 from scpl_compile.emit.model import build_model_lines
+from scpl_compile.emit.own_losses import builder_lines, builder_names
 from scpl_compile.emit.stage_class import StageWriter, stage_title
 from scpl_compile.errors import context
 from scpl_compile.ir import SINGLE_LABEL, Plan
+from scpl_compile.runtime.schedules import is_joined
 from scpl_compile.version import __version__
 
 __all__ = ["stages_source", "stamp"]
@@ -26,10 +28,11 @@ def stages_source(plan: Plan, capture: Capture, stage_of: Mapping[str, int]) -> 
         EmitError: a node has no text form; the message names its stage.
     """
     classes = [f"Stage{stage.index}" for stage in plan.stages]
-    imports = Imports(own=classes)
+    builders = builder_names(plan)
+    imports = Imports(own=[*classes, *builders.values()])
     for module, name in (("torch", "Tensor"), ("torch", "nn"), ("typing", "Any")):
         imports.name(module, name)
-    bodies = []
+    bodies = [builder_lines(source, name, imports) for source, name in builders.items()]
     for stage in plan.stages:
         with context(f"stage {stage.index}"):
             bodies.append(StageWriter(plan, stage, capture, stage_of, imports).lines())
@@ -59,10 +62,14 @@ def _docstring(plan: Plan) -> list[str]:
     for s in plan.stages:
         facts = f"{s.num_parameters:,} parameters, {100 * s.cost_us / total:.0f} % of the cost"
         rows.append(f"    stage {s.index}   {stage_title(s, 80 - len(facts))}: {facts}")
-    flow = {
-        "bp": "Values and gradients pass from stage to stage (plain backpropagation).",
-        "al": "Values and codes of the labels pass from stage to stage; no gradient does (`cut`).",
-    }.get(plan.method, "A value passes from stage to stage; its gradient does not (`cut`).")
+    losses = [loss for stage in plan.stages for loss in stage.losses]
+    flow = "A value passes from stage to stage; its gradient does not (`cut`)."
+    if is_joined(plan):
+        has_heads = any(loss.has_head for loss in losses)
+        kind = "local losses beside" if has_heads else "plain"
+        flow = f"Values and gradients pass from stage to stage ({kind} backpropagation)."
+    elif any(loss.kind == "al" for loss in losses):
+        flow = "Values and codes of the labels pass from stage to stage; no gradient does (`cut`)."
     task = "" if plan.task == SINGLE_LABEL else f", task {plan.task}"
     title = f"The stages of {plain(plan.model, 60)}, method {plan.method}{task}."
     left = [f"Untrained: {plain(', '.join(plan.untrained), 80)}."] if plan.untrained else []

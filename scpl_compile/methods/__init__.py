@@ -9,15 +9,21 @@ from types import MappingProxyType
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import Scalar
 from scpl_compile.methods.al import AssociatedLearning
-from scpl_compile.methods.base import Method, StageView, cross_entropy_loss, local_loss
+from scpl_compile.methods.base import (
+    PRESETS,
+    Method,
+    StageView,
+    cross_entropy_loss,
+    local_loss,
+)
 from scpl_compile.methods.bp import BP_SCHEDULES, Backpropagation
 from scpl_compile.methods.dascpl import Dascpl
 from scpl_compile.methods.deinforeg import DeInfoReg
 from scpl_compile.methods.early_exit import EarlyExit
 from scpl_compile.methods.modules import module_loss
+from scpl_compile.methods.own import check_method, load_method
 from scpl_compile.methods.predsim import PredSim
 from scpl_compile.methods.scpl import Scpl
-from scpl_compile.runtime.loading import load_callable
 from scpl_compile.runtime.loss_options import LossOptions
 
 __all__ = [
@@ -47,7 +53,6 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         )
     }
 )  # fmt: skip
-PRESETS = ("default", "paper")
 
 
 def make_method(
@@ -64,33 +69,26 @@ def make_method(
     see the method's class.
 
     Raises:
-        MethodError: an unknown name, preset or option, or one that the method has no use for.
+        MethodError: an unknown name, preset or option, or one that the method has no use for; the
+            user's own class has an attribute that is none.
         SourceError: the user's own file is missing, or fails.
     """
+    if not isinstance(name, str):
+        raise MethodError(
+            f"method {name!r:.60} is no name; give one, as 'scpl', or file.py:Class of your own"
+        )
     if preset not in PRESETS:
         raise MethodError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     if name in BP_SCHEDULES:
         Backpropagation.make(options or {})
         return Backpropagation(name)
-    found = _own(name) if ":" in name else METHODS.get(name)
+    if ":" in name:
+        own = load_method(name, (*METHODS, *BP_SCHEDULES))
+        made = own.make(options or {}, preset=preset, is_text=is_text)
+        check_method(made, name)
+        return made
+    found = METHODS.get(name)
     if found is None:
         known = ", ".join((*METHODS, *BP_SCHEDULES))
         raise MethodError(f"method {name!r} is not one of {known}, or file.py:Class of your own")
     return found.make(options or {}, preset=preset, is_text=is_text)
-
-
-def _own(spec: str) -> type[Method]:
-    """The user's class."""
-    path, _, name = spec.rpartition(":")
-    found = load_callable(path, name)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise MethodError(
-            f"{spec} is no subclass of scpl_compile.methods.Method, which has losses(view)"
-        )
-    own = getattr(found, "name", "")
-    is_name = isinstance(own, str) and own.isidentifier()
-    if not is_name or own in (*METHODS, *BP_SCHEDULES):
-        raise MethodError(
-            f"{spec} has the name {own!r}; give the class a `name` of its own, an identifier"
-        )
-    return found

@@ -1,12 +1,14 @@
 """What a method is: where gradients stop, and what each stage trains on."""
 
 import inspect
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from scpl_compile.errors import LossError, MethodError, ScplError
+from scpl_compile.cost import DeviceSpec, op_cost
+from scpl_compile.errors import LossError, MethodError, OwnCodeError, ScplError
 from scpl_compile.ir import SINGLE_LABEL, TASKS, LocalLoss, Scalar, TensorMeta
 from scpl_compile.runtime.head_spec import Shapes
 from scpl_compile.runtime.loss_options import (
@@ -16,6 +18,7 @@ from scpl_compile.runtime.loss_options import (
 )
 
 __all__ = [
+    "PRESETS",
     "Mask",
     "Method",
     "StageView",
@@ -23,16 +26,22 @@ __all__ = [
     "cross_entropy_loss",
     "features_of",
     "last_losses",
+    "line_of",
     "local_loss",
+    "loss_us",
     "losses_of",
 ]
+
+PRESETS = ("default", "paper")
 
 
 def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
     """What `method` says of a stage, whoever wrote it.
 
     Raises:
-        MethodError: its own, or it fails or gives something else than losses.
+        MethodError: its own.
+        OwnCodeError: it fails; the message says in which line of the class's file.
+        LossError: it gives something else than losses.
     """
     try:
         found = method.losses(view)
@@ -40,7 +49,10 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
         raise
     except Exception as error:
         kind = type(error).__name__
-        raise MethodError(f"losses() of method {method.name!r} fails: {kind}: {error}") from error
+        where = line_of(error, type(method))
+        raise OwnCodeError(
+            f"losses() of method {method.name!r} fails: {kind}: {error}{where}"
+        ) from error
     if not isinstance(found, (tuple, list)) or not all(isinstance(x, LocalLoss) for x in found):
         raise LossError(
             f"losses() of method {method.name!r} must give a tuple of losses, not {found!r:.60}"
@@ -55,6 +67,21 @@ def losses_of(method: "Method", view: "StageView") -> tuple[LocalLoss, ...]:
             "those of Associated Learning can; leave `code` and `gives` empty"
         )
     return tuple(found)
+
+
+def loss_us(loss: LocalLoss, device: DeviceSpec) -> float:
+    """Forward and backward of a local loss, microseconds."""
+    return op_cost(3 * loss.flops, 3 * 4 * loss.num_parameters, device)
+
+
+def line_of(error: BaseException, cls: type) -> str:
+    """In brackets the last line in the file of `cls` on the way to `error`; "" if there is none."""
+    try:
+        path = inspect.getsourcefile(cls)
+    except TypeError:  # a class that was typed in
+        return ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +104,8 @@ class Mask:
 class StageView:
     """What a method sees of a stage, or of a candidate for one.
 
+    index: 0 for every candidate, since nobody knows yet how many cuts come before it: losses that
+    depend on it are balanced as those of the first stage, and shown with the cost that they have.
     sends: the gradient-carrying tensors that the stage computes and the next stages read.
     mask: the model's padding mask, if it has one.
     feature, output: of the last stage: what the model's own classifier reads (None where that is
@@ -96,7 +125,8 @@ class StageView:
 class Method(ABC):
     """One way to train a cut model. Subclasses: one file each beside this one.
 
-    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one. presets:
+    name: as in `--method`. detach: gradients stop at the cuts. schedule: the default one, of
+    runtime.schedules.DECOUPLED, or where gradients cross the cuts of JOINED. presets: of PRESETS,
     those that `make` takes. leaves_classifier: the model's own classifier is not trained. tasks: of
     ir.TASKS, those that its losses can train on (view.task tells which it is).
     """
@@ -143,6 +173,10 @@ class Method(ABC):
         """Raises MethodError where the losses, with their options, cannot train on `task`."""
         if task not in TASKS:
             raise MethodError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        if task not in self.tasks and task == SINGLE_LABEL:
+            raise MethodError(
+                f"method {self.name!r} takes no task {task!r}; give --task {self.tasks[0]}"
+            )
         if task not in self.tasks:
             raise MethodError(
                 f"method {self.name!r} takes one label per sample, no task {task!r}; methods scpl, "

@@ -16,15 +16,17 @@ BP_SCHEDULES = ("gpipe", "1f1b", "zb", "ddp")
 class Backpropagation(Method):
     """The gradient crosses every cut; only the last stage has a loss.
 
-    schedule: "bp", one stage after another (naive model parallelism), or one that runs on ranks.
+    schedule: "bp", one stage after another (naive model parallelism), or one that runs on ranks;
+    default: that of the class.
     """
 
     name = "bp"
     detach = False
+    schedule = "bp"
     tasks = TASKS
 
-    def __init__(self, schedule: str = "bp") -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: str = "") -> None:
+        self.schedule = schedule or self.schedule
 
     @classmethod
     def make(

@@ -15,10 +15,10 @@ from scpl_compile.capture import (
     trained_nodes,
 )
 from scpl_compile.capture.normalize import is_field_read
-from scpl_compile.cost import DeviceSpec, op_cost
-from scpl_compile.errors import LossError, MethodError, PartitionError
-from scpl_compile.ir import SINGLE_LABEL, LocalLoss, NodeCost, TensorMeta
-from scpl_compile.methods.base import Method, losses_of
+from scpl_compile.cost import DeviceSpec
+from scpl_compile.errors import LossError, MethodError, OwnCodeError, PartitionError
+from scpl_compile.ir import SINGLE_LABEL, NodeCost, TensorMeta
+from scpl_compile.methods.base import Method, loss_us, losses_of
 from scpl_compile.methods.flow import meta_of
 from scpl_compile.methods.plan import candidate_view, last_view
 from scpl_compile.partition import PartitionProblem
@@ -37,8 +37,14 @@ def cut_problem(
     """The graph with its costs, and for every place whether a cut is allowed and what it costs.
 
     The heads and losses of a stage depend on where it ends, so their cost is part of the balance.
+
+    Raises:
+        MethodError: the method cannot be applied to the last stage.
+        LossError: a loss of the user's own cannot be used.
+        OwnCodeError: code of the user's own fails wherever the graph could be cut.
     """
     nodes = capture.compute_nodes
+    failures: list[OwnCodeError] = []
     graph = _graph(capture, costs)
     allowed, reasons, heads, penalties = [], [], [], []
     metas = {n.name: meta_of(n) for n in capture.graph.nodes}
@@ -60,11 +66,14 @@ def cut_problem(
                 raise  # no other place would do
             except MethodError as error:
                 reason = str(error)
+                failures += [error] if isinstance(error, OwnCodeError) else []
         allowed.append(reason is None)
         reasons.append(reason)
         heads.append(head_us)
         traffic = candidate_nbytes(candidate, metas) / largest
         penalties.append(_open_modules(before, after) + 2.0 * (num_gradients - 1) + 0.5 * traffic)
+    if failures and not any(allowed):  # a mistake in the code, and not in the places
+        raise failures[0]
     return PartitionProblem(
         graph=graph,
         allowed=tuple(allowed),
@@ -112,11 +121,6 @@ def _open_modules(before: fx.Node, after: fx.Node) -> int:
             break
         depth += 1
     return depth
-
-
-def loss_us(loss: LocalLoss, device: DeviceSpec) -> float:
-    """Forward and backward of a local loss, microseconds."""
-    return op_cost(3 * loss.flops, 3 * 4 * loss.num_parameters, device)
 
 
 def split_nodes(capture: Capture, names: Sequence[str]) -> list[str]:

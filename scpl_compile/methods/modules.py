@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from keyword import iskeyword
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,14 +19,18 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from scpl_compile.errors import LossError, MethodError, ScplError, context
+from scpl_compile.capture.quiet import quiet
+from scpl_compile.errors import LossError, MethodError, OwnCodeError, ScplError, context
 from scpl_compile.ir import MULTI_LABEL, LocalLoss, LossSource, Scalar
-from scpl_compile.methods.base import StageView, Value, features_of
+from scpl_compile.methods.base import StageView, Value, features_of, line_of
 from scpl_compile.runtime.loading import file_sha256
 from scpl_compile.runtime.objectives import LOSS_CLASSES, build_loss, loss_class
 
 __all__ = ["check_exit", "module_loss"]
 
+_SCALARS = (bool, int, float, str)
+"""As ir.Scalar, and none of their subclasses, which a plan reads back as another type."""
+_RESERVED = ("self", "num_classes", "in_shapes", "batch_dims", "stop_at")
 _READS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _IS_WITHOUT_DATA = re.compile(r"FakeTensor|tensor subclass")
 """In messages of numpy() and of a format with a precision."""
@@ -46,11 +51,15 @@ def module_loss(
     without data. kind: of scpl_compile's own classes; "own": of a class in a Python file.
     code_width: of the code of the labels that it takes, 0 where it takes none.
 
+    options: by the name of an argument; scalars, for a plan and the emitted program record them.
+
     Raises:
-        MethodError: it cannot be built with these options, or cannot run on these shapes; it is of
-            another kind, or gives a code.
+        LossError: an option is no scalar; the module is of another kind, or gives a code.
+        OwnCodeError: it cannot be built with these options, or cannot run on these shapes
+            (MethodError, where it is of scpl_compile).
     """
     _check_kind(module, kind)
+    _check_options(module, options)
     shapes, batch_dims, layout = features_of(values)
     if layout != "auto" and "layout" in inspect.signature(module).parameters:
         options = {"layout": layout, **options}
@@ -96,6 +105,28 @@ def _check_kind(module: type[nn.Module], kind: str) -> None:
         )
 
 
+def _check_options(module: type[nn.Module], options: object) -> None:
+    name = module.__qualname__
+    if not isinstance(options, Mapping):
+        raise LossError(f"loss {name} has the options {options!r:.60}; give them as a dict by name")
+    for key, value in options.items():
+        if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
+            raise LossError(
+                f"loss {name} has an option {key!r:.60}, which is no name of an argument"
+            )
+        if key in _RESERVED:
+            raise LossError(
+                f"loss {name} has an option {key!r}, which scpl_compile gives itself; name it "
+                "otherwise"
+            )
+        if type(value) not in _SCALARS:
+            raise LossError(
+                f"loss {name} has the option {key} = {value!r:.60} ({type(value).__name__}); it "
+                f"must be one of {', '.join(one.__name__ for one in _SCALARS)}: give several "
+                "values as several options, or as text"
+            )
+
+
 def _source(module: type[nn.Module]) -> LossSource:
     path = inspect.getsourcefile(module)
     if path is None or "<locals>" in module.__qualname__:
@@ -123,7 +154,7 @@ def _cost(
         return module(num_classes=num_classes, in_shapes=in_shapes, **more, **dict(options))
 
     shape = (batch_size, num_classes) if is_multi_label else (batch_size,)
-    with _without_data(name, in_shapes):
+    with _without_data(module, in_shapes):
         made = _built(build)
         features = _features(in_shapes, batch_dims, batch_size)
         given = {"labels": torch.zeros(shape, dtype=torch.bool if is_multi_label else torch.int64)}
@@ -147,10 +178,11 @@ def check_exit(stage: int, loss: LocalLoss, num_classes: int, batch_size: int) -
     Raises:
         MethodError: it has no `logits`, or that fails or gives something else than logits.
     """
-    name = loss_class(loss).__qualname__
+    module = loss_class(loss)
+    name = module.__qualname__
     wanted = f"logits(*features, mask=None) that gives (B, {num_classes})"
     with context(f"the exit of stage {stage}"):
-        with _without_data(name, loss.in_shapes):
+        with _without_data(module, loss.in_shapes):
             made = _built(partial(build_loss, loss, num_classes)).eval()
             if not callable(logits := getattr(made, "logits", None)):
                 raise LossError(f"loss {name} has no `logits`; give the class a method {wanted}")
@@ -187,10 +219,13 @@ def _features(
 
 
 @contextmanager
-def _without_data(name: str, in_shapes: tuple[tuple[int, ...], ...]) -> Iterator[None]:
-    """Runs the block of loss `name` on tensors without data; how it fails is a MethodError."""
+def _without_data(
+    module: type[nn.Module], in_shapes: tuple[tuple[int, ...], ...]
+) -> Iterator[None]:
+    """Runs the block of this loss on tensors without data; how it fails is a MethodError."""
+    name = module.__qualname__
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     except ScplError:
         raise
@@ -203,6 +238,7 @@ def _without_data(name: str, in_shapes: tuple[tuple[int, ...], ...]) -> Iterator
                 "product with a mask in place of `if`, item(), tolist(), numpy() and x[mask]"
             ) from error
         shapes = ", ".join(map(str, in_shapes))
-        raise MethodError(
-            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}"
+        kind = MethodError if module in LOSS_CLASSES.values() else OwnCodeError
+        raise kind(
+            f"loss {name} fails on {shapes}: {type(error).__name__}: {text}{line_of(error, module)}"
         ) from error

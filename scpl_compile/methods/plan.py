@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import fsum
 
 from torch import fx, nn
 
 from scpl_compile.capture import Capture
+from scpl_compile.cost import DEVICES, DeviceSpec
 from scpl_compile.errors import MethodError, context
 from scpl_compile.ir import (
     SINGLE_LABEL,
@@ -19,16 +21,20 @@ from scpl_compile.ir import (
     Stage,
     TensorMeta,
 )
-from scpl_compile.methods.base import Mask, Method, StageView, Value, losses_of
+from scpl_compile.methods.base import Mask, Method, StageView, Value, loss_us, losses_of
 from scpl_compile.methods.flow import Flow, find_flow, meta_of
 from scpl_compile.methods.steps import inference_of
+from scpl_compile.runtime.schedules import allowed_schedules
 
 __all__ = ["PlanFacts", "build_plan", "candidate_view", "find_mask", "last_view", "stage_paths"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts:
-    """What a Plan records and this module does not decide."""
+    """What a Plan records and this module does not decide.
+
+    stage_us: cost of every stage with the losses of candidates, on `device`.
+    """
 
     model: str
     num_classes: int
@@ -42,6 +48,7 @@ class PlanFacts:
     source: ModelSource | None
     versions: Mapping[str, str]
     task: str = SINGLE_LABEL
+    device: DeviceSpec = DEVICES["cpu"]
 
 
 def find_mask(inputs: Iterable[InputSpec]) -> Mask | None:
@@ -99,11 +106,15 @@ def build_plan(
     nodes = {node.name: node for node in capture.graph.nodes}
     num_stages = 1 + max(stage_of.values())
     losses: list[tuple[LocalLoss, ...]] = []
+    stage_us: list[float] = []
     flow = find_flow(capture, stage_of, {})
     for k in range(num_stages):
         with context(f"stage {k}"):
             view = _view(k, flow, nodes, capture, facts.num_classes)
-            losses.append(losses_of(method, replace(view, task=facts.task)))
+            view = replace(view, task=facts.task)
+            losses.append(losses_of(method, view))
+            more_us = _more_us(method, view, losses[k], facts.device)
+            stage_us.append(facts.stage_us[k] + more_us)
     masks: dict[str, set[int]] = {}
     for k, items in enumerate(losses):
         for loss in items:
@@ -111,22 +122,21 @@ def build_plan(
                 masks.setdefault(loss.mask, set()).add(k)
     flow = find_flow(capture, stage_of, masks)
     codes = [_code_crossings(k, items, nodes, capture.batch_size) for k, items in enumerate(losses)]
-    stages = tuple(
-        _stage(k, flow, capture, losses[k], facts.stage_us[k]) for k in range(num_stages)
+    stages = tuple(_stage(k, flow, capture, losses[k], stage_us[k]) for k in range(num_stages))
+    cuts = tuple(
+        Cut(
+            index=i,
+            after=_last_node(stage_of, i),
+            crossings=(*flow.crossings[i], *codes[i]),
+            detach=method.detach,
+        )
+        for i in range(num_stages - 1)
     )
-    return Plan(
+    plan = Plan(
         method=method.name,
         model=facts.model,
         stages=stages,
-        cuts=tuple(
-            Cut(
-                index=i,
-                after=_last_node(stage_of, i),
-                crossings=(*flow.crossings[i], *codes[i]),
-                detach=method.detach,
-            )
-            for i in range(num_stages - 1)
-        ),
+        cuts=cuts,
         edges=tuple((i, i + 1) for i in range(num_stages - 1)),
         inputs=capture.inputs,
         batch_size=capture.batch_size,
@@ -142,12 +152,37 @@ def build_plan(
         frontend=capture.frontend,
         opaque=facts.opaque,
         solver=facts.solver,
-        bottleneck_us=max(facts.stage_us),
+        bottleneck_us=max(stage_us),
         lower_bound_us=facts.lower_bound_us,
         source=facts.source,
         versions=facts.versions,
         task=facts.task,
     )
+    _check_schedule(plan)
+    return plan
+
+
+def _more_us(
+    method: Method, view: StageView, losses: Iterable[LocalLoss], device: DeviceSpec
+) -> float:
+    """What the losses of a stage cost beyond those that it would have as a candidate."""
+    if view.index == 0:
+        return 0.0
+    try:
+        candidates = losses_of(method, replace(view, index=0))
+    except MethodError:  # its stages lie apart; there is nothing to compare with
+        return 0.0
+    return fsum(loss_us(x, device) for x in losses) - fsum(loss_us(x, device) for x in candidates)
+
+
+def _check_schedule(plan: Plan) -> None:
+    """The methods of scpl_compile have losses that go with their schedules; one's own may not."""
+    if plan.schedule not in (allowed := allowed_schedules(plan)):
+        raise MethodError(
+            f"method {plan.method!r} has losses with heads, and schedule {plan.schedule!r}, which "
+            f"trains by the cross entropy of the model's own logits alone; with detach = False and "
+            f"such losses the schedule is {allowed[0]!r}"
+        )
 
 
 def _code_crossings(

@@ -9,9 +9,9 @@
 import re
 from collections.abc import Sequence
 
-from scpl_compile.errors import MethodError, ScplError
+from scpl_compile.errors import MethodError, OwnCodeError, ScplError
 from scpl_compile.ir import LocalLoss
-from scpl_compile.methods.base import Method
+from scpl_compile.methods.base import Method, line_of
 from scpl_compile.methods.modules import check_exit
 
 __all__ = ["inference_of"]
@@ -37,7 +37,8 @@ def inference_of(
     except ScplError:
         raise
     except Exception as error:
-        raise MethodError(f"{place} fails: {type(error).__name__}: {error}") from error
+        where = line_of(error, type(method))
+        raise OwnCodeError(f"{place} fails: {type(error).__name__}: {error}{where}") from error
     if not isinstance(given, (tuple, list)) or not all(isinstance(step, str) for step in given):
         raise MethodError(f"{place} must give a tuple of steps, as ('0F', '1F'), not {given!r:.60}")
     done: list[str] = []

@@ -119,7 +119,9 @@ class RankInference:
     def shared(self, found: Mapping[int, Tensor], num_active: int) -> list[Tensor]:
         """The logits of these stages' exits, float32 on the CPU, on every rank of the replica."""
         exits = []
-        for i, stage in enumerate(self.exit_stages[:num_active]):
+        for i, stage in enumerate(self.exit_stages):
+            if stage >= num_active:
+                break
             logits = found[i].float().cpu().contiguous() if i in found else torch.empty(0, 0)
             source, group = self._ranks.rank_of(stage), self._ranks.stage_group
             shape = torch.tensor(logits.shape)

@@ -5,9 +5,12 @@ from scpl_compile.errors import MethodError
 from scpl_compile.ir import SINGLE_LABEL, Plan
 
 __all__ = [
+    "DECOUPLED",
+    "JOINED",
     "WHOLE",
     "allowed_schedules",
     "check_schedule",
+    "is_joined",
     "is_parallel",
     "num_ranks",
     "stage_columns",
@@ -16,15 +19,28 @@ __all__ = [
 WHOLE = "ddp"
 """The unsplit model on every rank, each with its share of the batch."""
 _ON_RANKS = (*PIPELINES, WHOLE)
-_CUT = ("stream", "in_step", "sequential")
-_JOINED = ("bp", *_ON_RANKS)
+
+DECOUPLED = ("stream", "in_step", "sequential")
+"""Where gradients stop at the cuts."""
+JOINED = ("bp", *_ON_RANKS)
+"""Where they cross them."""
+
+
+def is_joined(plan: Plan) -> bool:
+    """Whether gradients cross the cuts; a plan without cuts has the schedule of its method too."""
+    return plan.schedule in JOINED
 
 
 def allowed_schedules(plan: Plan) -> tuple[str, ...]:
-    """The schedules that the plan's method allows; the first is the default in one process."""
-    if plan.method != "bp":
-        return _CUT
-    return _JOINED
+    """The schedules that the plan allows; the first is the default in one process.
+
+    Those that split the batch sum what its parts give, which is the gradient of the mean cross
+    entropy, and of no loss that compares samples. They know of no loss before the last stage.
+    """
+    if not is_joined(plan):
+        return DECOUPLED
+    has_heads = any(loss.has_head for stage in plan.stages for loss in stage.losses)
+    return JOINED[:1] if has_heads else JOINED
 
 
 def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
@@ -33,7 +49,7 @@ def check_schedule(plan: Plan, schedule: str, *, on_ranks: bool) -> str:
     Raises:
         MethodError: there is no such schedule; the method does not allow it; it needs ranks.
     """
-    if schedule not in (known := (*_CUT, *_JOINED)):
+    if schedule not in (known := (*DECOUPLED, *JOINED)):
         raise MethodError(f"schedule {schedule!r} is not one of {', '.join(known)}")
     allowed = allowed_schedules(plan)
     if schedule not in allowed:
@@ -73,7 +89,7 @@ def num_ranks(schedule: str, num_stages: int) -> int:
 
 def _compile_again(plan: Plan, schedule: str) -> str:
     """How to get a program of the same model that allows `schedule`."""
-    method = "bp" if schedule in _JOINED else "scpl"
+    method = "bp" if schedule in JOINED else "scpl"
     if plan.source is None:
         return f"compile the model again with method={method!r}, num_stages={plan.num_stages}"
     plain = {k: v for k, v in plan.source.config.items() if isinstance(v, (bool, int, float, str))}

@@ -33,7 +33,7 @@ from scpl_compile.runtime.learning_rate import learning_rate
 from scpl_compile.runtime.optim import make_optimizer, read_options
 from scpl_compile.runtime.randomness import StageRandom, seeded, spread_seed
 from scpl_compile.runtime.saver import Saver
-from scpl_compile.runtime.schedules import check_schedule
+from scpl_compile.runtime.schedules import DECOUPLED, check_schedule
 from scpl_compile.runtime.settings import Setting
 from scpl_compile.runtime.stage import evaluating, start_training
 from scpl_compile.runtime.stage_step import StageStep
@@ -139,7 +139,7 @@ class Trainer:
                 optimizer=make_optimizer(optimizer, module.parameters(), lr, chosen, weight_decay),
                 learning_rate=self.learning_rate,
                 random=StageRandom(self._stage_seed(k), lanes[k].device),
-                detach=self.schedule in ("stream", "in_step", "sequential"),
+                detach=self.schedule in DECOUPLED,
                 draws=k in draws,
                 recomputes=k in recomputes,
                 training_step=self._training_step(module),

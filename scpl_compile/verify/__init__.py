@@ -27,6 +27,7 @@ from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import SINGLE_LABEL, Plan, Scalar
 from scpl_compile.runtime.allocator import give_back_freed_memory
 from scpl_compile.runtime.program import Verification
+from scpl_compile.runtime.schedules import is_joined
 from scpl_compile.runtime.stage import StopGradient, as_tuple
 from scpl_compile.runtime.trainer import StageClass
 from scpl_compile.verify.compare import (
@@ -291,12 +292,12 @@ class _Check:
         return trained
 
     def coverage(self, *, trained: set[str], by_loss: set[str]) -> None:
-        """What trains in the model trains by some loss of a stage (in bp: behind it, too)."""
-        if self.plan.method == "bp":
+        """What trains in the model trains by some loss of a stage (bp: behind it, too)."""
+        if is_joined(self.plan):
             for unreached in self.found.unreached.values():
                 unreached -= trained
-        missing = trained - by_loss - set(self.plan.untrained)
-        if missing and self.plan.method != "bp":
+            return
+        if missing := trained - by_loss - set(self.plan.untrained):
             more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise VerifyError(
                 f"parameter {min(missing)!r} trains in the model and by no local loss{more}; cut "

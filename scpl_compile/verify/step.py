@@ -1,6 +1,6 @@
 """One training step of one emitted stage, against its forward and the losses of the plan."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from scpl_compile.capture.state import RandomState
+from scpl_compile.capture.state import RandomState, preserved
 from scpl_compile.errors import VerifyError, context
 from scpl_compile.ir import MULTI_LABEL, Plan, Stage
 from scpl_compile.runtime.losses import binary_cross_entropy, cross_entropy
@@ -73,6 +73,8 @@ class StepCheck:
         self._labels = labels
         self._detach = is_last or plan.cuts[stage.index].detach
         self._stopped = [loss.name for loss in stage.losses if "stop_at" in loss.options]
+        named = (loss.name for loss in stage.losses if loss.has_head)
+        self._heads = nn.ModuleList(getattr(module, name) for name in named)
 
     def run(self, arguments: list[Tensor]) -> tuple[list[Tensor], set[str]]:
         """What the next stage receives, and the names of the stage's tensors that train.
@@ -82,7 +84,7 @@ class StepCheck:
         """
         stage, module = self._stage, self._module
         versions, again = _versions(arguments), copies(arguments)
-        with same_start(self._model):
+        with same_start(self._model), _as_before(self._heads):
             before = RandomState.now()
             sent, losses = module.training_step(*arguments, labels=self._labels)
             self.draws = before != RandomState.now()
@@ -92,7 +94,12 @@ class StepCheck:
         if stage.index:
             self._check_received(arguments, versions, again)
         versions = _versions(sent)
-        with same_start(self._model), stops_open([module]), _stopped_values(module) as stopped:
+        with (
+            same_start(self._model),
+            _as_before(self._heads),
+            stops_open([module]),
+            _stopped_values(module) as stopped,
+        ):
             outputs = named_outputs(stage, as_tuple(module(*again[: len(stage.inputs)])))
             values = dict(zip(stage.receives, again, strict=True)) | outputs
             self._check_stops(stopped, values)
@@ -215,9 +222,15 @@ class StepCheck:
         reads = [values[name] for name in loss.reads]
         mask = [values[loss.mask]] if loss.mask else []
         head = getattr(self._module, loss.name)
-        expected = head.logits(*reads, **({"mask": mask[0]} if mask else {}))
-        if _differ(self._module.exit(*reads, *mask), expected):
+        expected = self._inferred(head.logits, *reads, **({"mask": mask[0]} if mask else {}))
+        if _differ(self._inferred(self._module.exit, *reads, *mask), expected):
             raise VerifyError("its exit gives other logits than its local classifier")
+
+    def _inferred(self, call: Callable[..., Tensor], *args: Tensor, **named: Tensor) -> Tensor:
+        """What the stage gives in inference, from the same random state every time."""
+        with same_start(self._module), torch.no_grad():
+            self._module.eval()
+            return call(*args, **named)
 
     def _check_sent(
         self, sent: Sequence[Tensor], forward: Sequence[Tensor], arguments: Sequence[Tensor]
@@ -258,6 +271,20 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _shapes(tensors: Values) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _as_before(heads: nn.Module) -> Iterator[None]:
+    """Afterwards the heads are as before: one may keep means of its classes in a buffer, or the
+    weights of a teacher, which training moves without a gradient.
+    """
+    values = [(parameter, parameter.detach().clone()) for parameter in heads.parameters()]
+    try:
+        with preserved(heads):
+            yield
+    finally:
+        for parameter, value in values:
+            parameter.data.copy_(value)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """What a cut at every place of the graph would mean for a method."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from planning import BATCH, NUM_CLASSES, fine
 from torch import Tensor, nn
 
 from golden_models import LstmClassifier, NestedCnn, UNet
+from own_files import own_file
 from scpl_compile.capture import Capture, cut_candidates
 from scpl_compile.capture.outputs import keep_output
 from scpl_compile.cost import DEVICES, node_costs
-from scpl_compile.errors import MethodError, PartitionError
+from scpl_compile.errors import MethodError, OwnCodeError, PartitionError
 from scpl_compile.ir import LocalLoss
 from scpl_compile.methods import make_method
 from scpl_compile.methods.base import Method, StageView
@@ -19,6 +22,7 @@ from scpl_compile.methods.flow import meta_of
 from scpl_compile.partition import PartitionProblem
 
 CPU = DEVICES["cpu"]
+SUM = "{'own': logits.sum()}"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,44 @@ def test_a_method_that_cannot_train_the_last_stage_is_an_error(cnn: Capture) -> 
 
     with pytest.raises(MethodError, match="no way"):
         problem_of(cnn, Impossible())
+
+
+def test_code_of_ones_own_that_fails_everywhere_is_told_with_its_line(
+    cnn: Capture, tmp_path: Path
+) -> None:
+    method = make_method(own_file(tmp_path, losses="self.absent if not view.is_last else 0"))
+    lines = (tmp_path / "mine.py").read_text().splitlines()
+    number = 1 + next(i for i, line in enumerate(lines) if "self.absent" in line)
+    with pytest.raises(OwnCodeError) as told:
+        problem_of(cnn, method)
+    assert str(told.value) == (
+        "losses() of method 'mine' fails: AttributeError: 'Mine' object has no attribute "
+        f"'absent' ({tmp_path / 'mine.py'}:{number})"
+    )
+
+
+def test_a_loss_of_ones_own_that_fails_everywhere_is_told_with_its_line(
+    cnn: Capture, tmp_path: Path
+) -> None:
+    method = make_method(own_file(tmp_path, init="self.absent"))
+    with pytest.raises(OwnCodeError, match=r"^loss Loss fails on .* AttributeError: .*mine.py:13"):
+        problem_of(cnn, method)
+
+
+def test_a_loss_of_ones_own_may_refuse_a_place_by_failing(
+    cnn: Capture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A convolution fits some places, and a list out of range is not reached in others."""
+    for part in (
+        {"body": "x.gather(1, torch.zeros(1, 1, 1, 1, dtype=torch.int64))"},
+        {"init": "nn.Conv2d(*in_shapes[0])"},
+        {"losses": "view.is_last or view.sends[0].meta.shape[3]"},
+    ):
+        problem = problem_of(cnn, make_method(own_file(tmp_path, terms=SUM, **part)))
+        assert problem.allowed[at(problem, "stem")]
+        where = at(problem, "mean")  # (B, 6): no map
+        assert not problem.allowed[where] and "mine.py:" in str(problem.reason[where])
+    assert not caplog.records  # torch would log a traceback for each place
 
 
 def test_bytes_that_cross_are_those_of_tensors_and_inputs() -> None:

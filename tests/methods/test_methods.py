@@ -29,6 +29,11 @@ def test_every_method_is_made_by_its_name() -> None:
             "method 'gpip' is not one of scpl, bp, early_exit, al, predsim, deinforeg, dascpl, "
             "gpipe, 1f1b, zb, ddp",
         ),
+        (
+            {"name": Method},
+            "method <class .*Method'> is no name; give one, as 'scpl', or file.py:C",
+        ),
+        ({"name": None}, "method None is no name"),
         ({"name": "scpl", "preset": "papre"}, "preset 'papre' is not one of default, paper"),
         *(
             ({"name": name, "options": {"pooling": pooling}}, f"option pooling is {pooling!r}")

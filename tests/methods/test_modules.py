@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from views import FIRST, LAST, NUM_CLASSES, TEXT
+from views import FIRST, LAST, NUM_CLASSES, TEXT, value
 
-from scpl_compile.errors import MethodError, SourceError
+from own_files import own_file
+from scpl_compile.errors import LossError, MethodError, SourceError
 from scpl_compile.ir import LocalLoss
 from scpl_compile.methods import Method, StageView, make_method, module_loss
 from scpl_compile.methods.base import losses_of
@@ -16,6 +17,7 @@ from scpl_compile.runtime.loading import file_sha256, load_callable
 from scpl_compile.runtime.objectives import build_loss
 from scpl_compile.runtime.predsim import PredSim
 
+VECTOR = replace(FIRST, sends=(value("features", 8, 12),))
 OWN = Path(__file__).parents[1] / "own_method.py"
 
 
@@ -131,6 +133,42 @@ class Coded(Method):
     def losses(self, view: StageView) -> tuple[LocalLoss, ...]:
         (loss,) = make_method("predsim").losses(view)
         return (replace(loss, **self.codes),)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "{'x': torch.tensor(2.0)}",
+            r"the option x = tensor\(2.\) \(Tensor\); it must be one of bo",
+        ),
+        (
+            "{'n': None}",
+            r"the option n = None \(NoneType\); it must be one of bool, int, float, str",
+        ),
+        (
+            "{'weights': [1.0, 2.0]}",
+            r"the option weights = \[1.0, 2.0\] \(list\); it must be one of",
+        ),
+        ("{'a b': 1}", "an option 'a b', which is no name of an argument"),
+        ("{'class': 1}", "an option 'class', which is no name of an argument"),
+        ("{3: 4}", "an option 3, which is no name of an argument"),
+        ("{'num_classes': 4}", "an option 'num_classes', which scpl_compile gives itself"),
+        ("{'stop_at': 'relu'}", "an option 'stop_at', which scpl_compile gives itself"),
+        ("[1]", r"the options \[1\]; give them as a dict by name"),
+    ],
+)
+def test_an_option_that_no_plan_can_record_is_told(
+    options: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LossError, match=f"^loss Loss has {message}"):
+        make_method(own_file(tmp_path, options=options)).losses(VECTOR)
+
+
+@pytest.mark.parametrize("options", ["{}", "{'a': True, 'b': -3, 'c': 0.5, 'd': 'x'}"])
+def test_options_are_scalars(options: str, tmp_path: Path) -> None:
+    (loss,) = make_method(own_file(tmp_path, options=options)).losses(VECTOR)
+    assert repr(loss.options) == options
 
 
 @pytest.mark.parametrize("field", ["code", "gives"])

@@ -1,6 +1,7 @@
 """From a captured graph with a stage for every node to a Plan."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from planning import BATCH, NUM_CLASSES, Staged, staged
 from torch import Tensor, nn
 
 from golden_models import ClassToken, LstmClassifier, NestedCnn, UNet
+from own_files import layers, own_file
+from scpl_compile.cost import DEVICES
 from scpl_compile.errors import MethodError
 from scpl_compile.ir import InputSpec, Plan, from_json, to_json
 from scpl_compile.methods import make_method
-from scpl_compile.methods.base import Mask
+from scpl_compile.methods.base import Mask, loss_us
 from scpl_compile.methods.plan import candidate_view, find_mask, last_view, stage_paths
 from scpl_compile.runtime.losses import LocalLoss
 
@@ -76,6 +79,24 @@ def test_facts_are_recorded(unet: Staged) -> None:
     assert plan.opaque == (("middle", "checkpoint()"),)
     assert plan.batch_size == BATCH
     assert plan.frontend == "fx"
+
+
+def test_the_cost_of_losses_that_differ_by_stage_is_that_of_the_stage(tmp_path: Path) -> None:
+    """Balanced as the first stage's, which alone are known then, and told as they are."""
+    width = "self.wide = nn.Linear(8, options['width'])"
+    body = "self.wide(x)"
+    plans = [
+        staged(layers(), "8", "0", "2").plan(
+            own_file(tmp_path, init=width, body=body, options=options), stage_us=(5.0, 6.0, 7.0)
+        )
+        for options in ("{'width': 8}", "{'width': 80_000 if view.index else 8}")
+    ]
+    same, differ = ([stage.cost_us for stage in plan.stages] for plan in plans)
+    assert same == [5.0, 6.0, 7.0] and plans[0].bottleneck_us == 7.0
+    heads = [plan.stages[1].losses[0] for plan in plans]
+    more_us = loss_us(heads[1], DEVICES["cpu"]) - loss_us(heads[0], DEVICES["cpu"])
+    assert differ == [5.0, pytest.approx(6.0 + more_us), 7.0] and more_us > 1.0
+    assert plans[1].bottleneck_us == differ[1]
 
 
 def test_only_methods_without_cuts_let_gradients_cross(unet: Staged) -> None:

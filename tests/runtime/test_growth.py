@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.exactness.main import differences, run
+from own_files import EXITS, layers, own_file
 from processes import start, train_ranks, wait_all
 from run_files import QUICK, loss_rows, same_bits
 from scpl_compile import compile_model
 from scpl_compile.errors import MethodError
-from scpl_compile.runtime.growth import checked_starts, first_steps
+from scpl_compile.runtime.growth import can_grow, checked_starts, first_steps
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.ranks import join
 from small_nets import compiled
@@ -266,10 +267,63 @@ def test_only_a_method_with_exits_has_stages_that_rest() -> None:
     assert checked_starts(plan, [0, 2, 2]) == (0, 2, 2)
     assert first_steps(plan, "", 4, 12) == ()
     assert first_steps(plan, "1, 2", 4, 12) == (0, 4, 8)
-    for starts in ([0, 1], [1, 2, 3], [0, 3, 2], [0, 1, 2, 3]):
+    for starts in ([1, 2, 3], [0, 3, 2], [0, 0, -1]):
         with pytest.raises(MethodError, match="give 3 that do not fall, the first 0"):
             checked_starts(plan, starts)
+    for odd in ([0, 1], [0, 1, 2, 3], [0, 1.5, 2], [0, "1", 2], [0, True, 2], [0, 1, None]):
+        with pytest.raises(MethodError, match="give 3 whole numbers, one per stage"):
+            checked_starts(plan, odd)  # type: ignore[arg-type]
     alone = replace(plan, method="scpl", inference=("0F", "1F", "2F"))
     assert checked_starts(alone, [0, 0, 0]) == (0, 0, 0)
-    with pytest.raises(MethodError, match="method 'scpl' has no exit in front of those that rest"):
+    with pytest.raises(MethodError, match="method 'scpl' has no exit of stage 0, behind which oth"):
         checked_starts(alone, [0, 1, 2])
+    assert can_grow(plan) and not can_grow(alone)
+
+
+def test_a_stage_behind_which_others_rest_has_an_exit() -> None:
+    plan = compiled("unet", 3, method="dascpl").program.plan
+    some = replace(plan, inference=("0F", "1F", "1X", "2F"))
+    assert checked_starts(some, [0, 0, 4]) == (0, 0, 4)
+    for starts in ([0, 4, 4], [0, 4, 8]):
+        with pytest.raises(MethodError, match="no exit of stage 0, behind which others rest"):
+            checked_starts(some, starts)
+    assert not can_grow(some)
+    joined = replace(plan, schedule="bp")
+    assert checked_starts(joined, [0, 0, 0]) == (0, 0, 0) and not can_grow(joined)
+    with pytest.raises(MethodError, match="which would rest; methods dascpl, early_exit and dein"):
+        checked_starts(joined, [0, 4, 8])
+
+
+# ---------------------------------------------------------------------- other methods
+
+
+@pytest.mark.parametrize("method", ["early_exit", "deinforeg"])
+def test_every_method_with_exits_may_grow(method: str) -> None:
+    found = compiled("unet", 3, method=method)
+    assert can_grow(found.program.plan)
+    batches, starts = (2 * found.batches)[:9], (0, 3, 6)
+    expected = run(found.program, batches, "sequential", starts=starts)
+    for schedule in ("stream", "in_step"):
+        assert differences(run(found.program, batches, schedule, starts=starts), expected) == []
+    assert 'grow = ""  # ' in (found.program.directory / "train.py").read_text()
+
+
+def test_a_method_of_ones_own_may_grow(tmp_path: Path) -> None:
+    """Where all its stages have exits by epochs; where some have, from those on."""
+    for steps, starts, seen in (
+        (EXITS, (0, 2, 4), [1, 1, 2, 2, 3]),
+        ("('0F', '1F', '1X', '2F')", (0, 0, 3), [1, 1, 1, 2, 2]),
+    ):
+        program = compile_model(
+            layers(), "8", num_stages=3, num_classes=3, method=own_file(tmp_path, steps=steps)
+        )
+        has_option = "grow =" in (program.directory / "train.py").read_text()
+        assert has_option == can_grow(program.plan) == (steps is EXITS)
+        x, labels = torch.randn(6, 8), torch.arange(6) % 3
+        with program.trainer(seed=0, starts=starts) as trainer:
+            found = []
+            for _ in seen:
+                trainer.step(x, labels)
+                found.append(len(trainer.predict(x)))
+                assert len(trainer.evaluate([(x, labels)]).accuracies) == found[-1]
+        assert found == seen

@@ -41,6 +41,7 @@ accumulate = 1  # batches per update
 amp = "none"  # or bf16, fp16: autocast
 channels_last = False  # memory format of images
 schedule = "stream"  # or in_step, sequential
+grow = ""  # as in 1,2: the epochs from which stages 1, 2, … take part; until then they rest
 devices = "cpu"  # at most one per stage; cpu,cpu or cuda:0,cuda:1 or auto
 engine = "auto"  # ranks (a process per stage) under torchrun, else threads of this process
 wire_dtype = ""  # or bfloat16: what crosses a cut is rounded to it
