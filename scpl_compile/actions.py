@@ -27,7 +27,7 @@ no stage can update before all later ones have run::
                  stage 1     F0 B0       F1 B1
 
 The other schedules of backpropagation split the batch into micro-batches and are executed by
-torch.distributed.pipelining; their lists here (`pipeline_actions`) are for pictures and simulation.
+torch.distributed.pipelining; their lists here (`pipeline_actions`) are for pictures.
 Step is the micro-batch there, I the backward of a stage's inputs, W that of its weights (B is
 both); `placement` says which rank holds which stages::
 

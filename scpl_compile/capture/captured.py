@@ -79,7 +79,7 @@ class Capture:
     Targets of call_module and get_attr nodes are paths in `model`, which is the user's own object
     (the path "" is the model itself).
 
-    frontend: "fx". opaque: (path, why it was not opened) of the modules kept whole.
+    frontend: which one made it. opaque: (path, why it was not opened) of the modules kept whole.
     outputs: names of the nodes that the model returns, in order. batch_size: of the shapes.
     calls: the module calls that were traced through, by scope key.
     """

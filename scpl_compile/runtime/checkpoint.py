@@ -37,6 +37,7 @@ __all__ = [
     "read_names",
     "save_stage",
     "save_tensors",
+    "sha256_of",
     "step_directory",
 ]
 
@@ -221,7 +222,7 @@ def complete(directory: Path, facts: Mapping[str, Any], num_stages: int) -> None
                 f"{directory / name} is not on this host; give ranks of several hosts a --run-dir "
                 "on a file system that all of them see"
             )
-    files = {name: _sha256(directory / name) for name in map(_file_name, range(num_stages))}
+    files = {name: sha256_of(directory / name) for name in map(_file_name, range(num_stages))}
     manifest = {**facts, "files": files}
     temporary = directory / ".manifest.part"
     temporary.write_text(json.dumps(manifest, indent=2))
@@ -276,11 +277,12 @@ def read_manifest(directory: Path, num_stages: int) -> dict[str, Any]:
         file = directory / name
         if not file.is_file():
             raise ProgramError(f"{file} is missing; remove {directory} to resume earlier")
-        if _sha256(file) != expected:
+        if sha256_of(file) != expected:
             raise ProgramError(f"{file} is damaged (sha256); remove {directory} to resume earlier")
     return manifest
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

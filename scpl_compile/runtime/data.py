@@ -22,6 +22,7 @@ from scpl_compile.runtime.splits import Split, Splits
 
 __all__ = ["Batch", "Loader"]
 
+_SPLITS = ("train", "validation", "test")
 _ORDER, _BATCH = 3, 4  # what a seed is spread for (trainer.py has 1 and 2)
 
 
@@ -128,10 +129,6 @@ class Loader:
         done += [self.splits.note] if self.splits.note else []
         return f"{self.splits.name}: {', '.join(done)}" if done else None
 
-    def has_split(self, name: str) -> bool:
-        """Whether `evaluation` knows a split of this name."""
-        return name in ("train", "validation", "test")
-
     # ------------------------------------------------------------------ training
 
     def batch(self, epoch: int, index: int) -> Batch:
@@ -169,7 +166,7 @@ class Loader:
         return prefetch(self._make(split, rows, None) for rows in chunks)
 
     def _checked_split(self, name: str) -> Split:
-        if not self.has_split(name):
+        if name not in _SPLITS:
             raise DataError(f"{self.splits.name} has no split {name!r}; train, validation or test")
         split: Split = getattr(self.splits, name)
         if self._fit is None:

@@ -11,7 +11,6 @@
 """
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -25,7 +24,13 @@ from torch import Tensor, nn
 
 from scpl_compile.errors import ProgramError, SourceError
 from scpl_compile.ir import Plan, Scalar, from_json, to_json
-from scpl_compile.runtime.checkpoint import load_some, load_tensors, read_names, save_tensors
+from scpl_compile.runtime.checkpoint import (
+    load_some,
+    load_tensors,
+    read_names,
+    save_tensors,
+    sha256_of,
+)
 from scpl_compile.runtime.loading import load_module
 from scpl_compile.runtime.own_stage import build_without_memory
 from scpl_compile.runtime.rank_trainer import RankTrainer
@@ -161,7 +166,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_weights(model: nn.Module, path: Path) -> str:
     """Write all tensors of `model` to `path`; gives the file's sha256."""
     save_tensors(path, all_tensors(model), {"format": "pt"})
-    return _sha256(path)
+    return sha256_of(path)
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
@@ -181,7 +186,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
 def _check_weights(path: Path, sha256: str) -> None:
     if not path.is_file():
         raise ProgramError(f"{path} is missing; {_REMEDY}")
-    if _sha256(path) != sha256:
+    if sha256_of(path) != sha256:
         raise ProgramError(f"{path} is damaged (sha256); {_REMEDY}")
 
 
@@ -314,8 +319,3 @@ def load_state(model: nn.Module, path: Path) -> None:
     """
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     model.load_state_dict(_fitting_tensors(path, own), strict=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -331,8 +331,6 @@ class Run:
 
         After the last epoch too, even if --steps ends within it. Its time is no training time.
         """
-        if not loader.has_split("validation"):
-            return
         self._trainer.drain()
         self._log()
         start = time.perf_counter()
