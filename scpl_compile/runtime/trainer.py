@@ -369,13 +369,14 @@ class Trainer:
         Raises:
             ProgramError: it is damaged or belongs to another plan.
         """
-        manifest = checkpoint.read_manifest(directory, self.plan.num_stages)
+        own = [stage.index for stage in self._stages]
+        manifest = checkpoint.read_manifest(directory, self.plan.num_stages, own)
         if manifest.get("plan") != self.plan.digest:
             raise ProgramError(
                 f"{directory} belongs to another plan ({str(manifest.get('plan'))[:12]}, not "
                 f"{self.plan.digest[:12]}); resume with the program that wrote it"
             )
-        states = [checkpoint.load_stage(directory, stage.index) for stage in self._stages]
+        states = [checkpoint.load_stage(directory, k) for k in own]
         self.drain()
         self._engine.close()
         for stage, state in zip(self._stages, states, strict=True):

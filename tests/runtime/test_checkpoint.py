@@ -336,6 +336,19 @@ def test_a_manifest_of_other_bytes_or_none_is_refused(tmp_path: Path) -> None:
         read_manifest(directory, 2)
 
 
+def test_a_rank_compares_its_own_stages_and_the_others_theirs(tmp_path: Path) -> None:
+    """So that a checkpoint is read once by all of them together; missing is missing for each."""
+    directory = save(tmp_path, 2)
+    file = directory / "stage-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    assert read_manifest(directory, 2, [0]) == json.loads((directory / "manifest.json").read_text())
+    with pytest.raises(ProgramError, match="stage-1.safetensors is damaged"):
+        read_manifest(directory, 2, [1])
+    file.unlink()
+    with pytest.raises(ProgramError, match="stage-1.safetensors is missing"):
+        read_manifest(directory, 2, [0])
+
+
 def test_a_manifest_that_leaves_out_a_stage_is_refused(tmp_path: Path) -> None:
     directory = save(tmp_path, 2)
     manifest = json.loads((directory / "manifest.json").read_text())
