@@ -43,7 +43,7 @@ def test_npz_arrays_go_to_the_models_inputs_by_name(tmp_path, validation):
     }
     np.savez(tmp_path / "text.npz", **arrays)
     splits = open_splits(f"npz:{tmp_path}/text.npz", inputs=TEXT)
-    assert (splits.kind, splits.mean, splits.note) == ("tensor", (), "")
+    assert (splits.kind, splits.facts.mean, splits.note) == ("tensor", (), "")
     for part, suffix in (
         (splits.train, "train"),
         (splits.validation, validation),
@@ -85,7 +85,7 @@ def test_npz_of_uint8_images_in_any_order_of_channels(tmp_path, shape):
     channels = 3 if 3 in shape else 1
     images = splits.train.inputs[0]
     assert splits.kind == "image" and images.shape[1:] == (channels, 8, 9)
-    assert len(splits.mean) == channels
+    assert len(splits.facts.mean) == channels
     whole = torch.cat([s.inputs[0] for s in (splits.train, splits.validation, splits.test)])
     assert sorted(whole.flatten().tolist()) == sorted(pixels.flatten().tolist())
 
