@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scpl_compile
 from scpl_compile.api import compile_model, evaluate_program, plan_model
-from scpl_compile.errors import EmitError, PartitionError, SourceError, VerifyError
+from scpl_compile.errors import EmitError, MethodError, PartitionError, SourceError, VerifyError
+from scpl_compile.runtime import own_draws
 from scpl_compile.runtime.lane import default_threads
 from scpl_compile.runtime.program import load_stages, read_plan
 from scpl_compile.runtime.trainer import Evaluation
@@ -93,6 +94,22 @@ def test_compiling_beside_a_trainer_at_work_changes_nothing_for_it() -> None:
                 compile_model(other, "8")
             found.append(trainer.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_compiling_where_no_step_can_end_is_refused() -> None:
+    """Inside own_draws() a stage that draws waits, and the steps before it with it."""
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Dropout(), nn.ReLU()) for _ in range(3)]
+    program = compile_model(nn.Sequential(*layers, nn.Linear(64, 3)), "64", num_stages=2)
+    with program.trainer(seed=0) as trainer:
+        with own_draws():
+            trainer.step(torch.randn(8, 64), torch.arange(8) % 3)
+            with pytest.raises(
+                MethodError, match=r"a trainer is at work, and inside own_draws"
+            ):
+                plan_model(nn.Linear(8, 3), "8", num_stages=1)
+        trainer.drain()
+        with own_draws():
+            assert plan_model(nn.Linear(8, 3), "8", num_stages=1).num_stages == 1
 
 
 def test_in_place_trains_the_object_itself(model: nn.Module) -> None:

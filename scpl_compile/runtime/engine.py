@@ -28,7 +28,7 @@ from scpl_compile.errors import MethodError, TrainingError
 from scpl_compile.runtime.board import Board, Message, Stopped
 from scpl_compile.runtime.lane import caller_mark
 from scpl_compile.runtime.memory import remedy
-from scpl_compile.runtime.randomness import own_draws
+from scpl_compile.runtime.randomness import is_held, own_draws
 from scpl_compile.runtime.stage_step import StageStep
 
 __all__ = ["Engine", "Event", "StageEngine", "StageState", "while_all_rest"]
@@ -132,6 +132,11 @@ class Engine:
             self._board.send(0, Message(self.num_steps, values, labels, mark))
         self.num_steps += 1
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a submitted step is not finished, and may be."""
+        return not self._board.is_stopped and min(self._board.num_updates) < self.num_steps
+
     def drain(self) -> None:
         """Wait until every stage has finished every submitted step."""
         with self._telling_failures():
@@ -177,7 +182,18 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 @contextmanager
 def while_all_rest() -> Iterator[None]:
-    """The engines of this process finish what was submitted; then the block runs, and no stage."""
+    """The engines of this process finish what was submitted; then the block runs.
+
+    What another thread submits meanwhile is not held back.
+
+    Raises:
+        MethodError: inside own_draws(), where steps that are under way could not end.
+    """
+    if is_held() and any(engine.is_busy for engine in _ENGINES):
+        raise MethodError(
+            "a trainer is at work, and inside own_draws() its steps cannot end; build the model "
+            "inside, and compile it outside"
+        )
     for engine in tuple(_ENGINES):
         with suppress(TrainingError):  # it has failed, or is closed: its trainer tells of it
             engine.drain()

@@ -151,7 +151,7 @@ def check_images(
 
 def _check_labels(name: str, part: str, labels: Tensor, num_classes: int, task: str) -> None:
     if len(labels) == 0:
-        raise DataError(f"{name}: {part} has no sample")
+        raise DataError(f"{name}: {part} has no sample; give it some of its own, or more in all")
     if (labels.ndim > 1) != (task == MULTI_LABEL):
         has = "several labels per sample" if labels.ndim > 1 else "one label per sample"
         raise DataError(f"{name} has {has}; the program was compiled with --task {task}")

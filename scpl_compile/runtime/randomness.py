@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["StageRandom", "own_draws", "seeded", "spread_seed"]
+__all__ = ["StageRandom", "is_held", "own_draws", "seeded", "spread_seed"]
 
+_HELD = threading.local()
 _GENERATORS = threading.RLock()
 """Guards the process's default generators (torch, numpy, python). Scopes of one thread may nest."""
 
@@ -45,9 +46,19 @@ def own_draws() -> Iterator[None]:
 
     A script that draws from the default generators between two steps (a DataLoader that shuffles,
     a transform) must do so inside, or its draws and those of the stages mix, and runs differ.
+    Steps wait meanwhile, so nothing inside may wait for them.
     """
     with _GENERATORS:
-        yield
+        before, _HELD.is_held = is_held(), True
+        try:
+            yield
+        finally:
+            _HELD.is_held = before
+
+
+def is_held() -> bool:
+    """Whether the caller is inside `own_draws`."""
+    return getattr(_HELD, "is_held", False)
 
 
 @contextmanager

@@ -69,6 +69,7 @@ class RankEngine:
         self._starts = tuple(starts) or (0,) * len(ranks.columns)
         self._records = record_events
         self._pending: tuple[int, dict[str, Tensor], Tensor, Key] | None = None
+        self._resting_step: int | None = None
         self._tokens: deque[tuple[int, dist.Work | None]] = deque()
         self._passed: set[Action] = set()
         before, after = crossings
@@ -96,7 +97,8 @@ class RankEngine:
         step, key = self.num_steps, batch_key(values, labels)
         self.num_steps += 1
         if step < self._starts[self.stage.index]:
-            self._rest(step)
+            self.finish()
+            self._resting_step = step
             return
         if self._inbox is None:
             self._run(step, values, labels, key)
@@ -110,7 +112,10 @@ class RankEngine:
         self._pending = (step, values, labels, key)
 
     def finish(self) -> None:
-        """Run the batch that waits; the other ranks may still be at work."""
+        """Run, or rest through, the step that waits; the other ranks may still be at work."""
+        resting, self._resting_step = self._resting_step, None
+        if resting is not None:
+            self._rest(resting)
         pending, self._pending = self._pending, None
         if pending is not None:
             self._run(*pending)
@@ -134,10 +139,13 @@ class RankEngine:
 
     def close(self) -> None:
         """Nothing runs between two calls; what was submitted and not drained is lost."""
-        self._pending = None
+        self._pending = self._resting_step = None
 
     def _rest(self, step: int) -> None:
-        """Wait for the update of the stage before: who rests goes no faster than who trains."""
+        """Wait for the update of the stage before: who rests is at most a step before who trains.
+
+        Like a batch, a step of rest waits for the next call: the stage before may run it then.
+        """
         before = self._ranks.rank_of(self.stage.index - 1)
         with telling_lost_ranks(self._name):
             with self.stage.activity.waiting():

@@ -258,7 +258,7 @@ class RankTrainer(Trainer):
             return self._evaluate(batches)
 
     def _evaluate(self, batches: Iterable[Any]) -> Evaluation:
-        exits = self._inference.exit_stages[: self.num_active]
+        exits = [k for k in self._inference.exit_stages if k < self.num_active]
         tallies = {i: Tally() for i, stage in enumerate(exits) if stage in self._ranks.stages}
         for index, batch in enumerate(batches):
             values, labels = labelled(self.plan, batch)

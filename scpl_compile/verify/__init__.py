@@ -98,11 +98,11 @@ def verify(
 
 
 def _partial_stages(plan: Plan, found: _Findings) -> set[int]:
-    """Stages with a parameter that no gradient reached here, or may not reach in another step: code
-    that was kept whole may draw whether a module takes part.
+    """Stages with a parameter that no gradient reached here, or may not reach in another step: in
+    code that was kept whole, data or draws may decide whether a module takes part.
     """
     without = {stage for stage, names in found.unreached.items() if names}
-    return without | (found.random_stages & _stages_with(plan, ""))
+    return without | _stages_with(plan, "")
 
 
 def _stages_with(plan: Plan, reason_part: str) -> set[int]:

@@ -206,8 +206,28 @@ def test_a_rank_that_rests_goes_no_faster_than_the_first(unet: Path, tmp_path: P
     assert [one.code for one in ended] == [0] * 3, ended
     first, *others = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(3))
     for times in others:
-        for step in range(4):
-            assert times[step][1] > first[step][0]
+        for step in range(1, 4):
+            assert times[step][1] > first[step - 1][0]
+
+
+def lost(directory: Path, results: Path) -> None:
+    """Steps that nobody drains."""
+    ranks = join((0, 1, 2), ["cpu"], read_plan(directory).digest, {})
+    batch = (torch.randn(6, 3, 16, 16), torch.arange(6) % 4)
+    with load_stages(directory, read_plan(directory)).build_trainer(
+        starts=(0, 0, 5), ranks=ranks
+    ) as trainer:
+        for _ in range(3):
+            trainer.step(*batch)
+    ranks.leave()
+    (results / str(ranks.rank)).touch()
+
+
+def test_steps_that_are_lost_leave_no_rank_that_waits(unet: Path, tmp_path: Path) -> None:
+    """Stage 1 still has the last batch before it, and stage 2 rests behind it."""
+    ended = wait_all(start(lost, [(unet, tmp_path)] * 3, tmp_path / "logs"))
+    assert [one.code for one in ended] == [0] * 3, ended
+    assert all((tmp_path / str(rank)).exists() for rank in range(3))
 
 
 # ---------------------------------------------------------------------- the program
