@@ -103,9 +103,7 @@ def test_compiling_where_no_step_can_end_is_refused() -> None:
     with program.trainer(seed=0) as trainer:
         with own_draws():
             trainer.step(torch.randn(8, 64), torch.arange(8) % 3)
-            with pytest.raises(
-                MethodError, match=r"a trainer is at work, and inside own_draws"
-            ):
+            with pytest.raises(MethodError, match=r"a trainer is at work, and inside own_draws"):
                 plan_model(nn.Linear(8, 3), "8", num_stages=1)
         trainer.drain()
         with own_draws():
