@@ -309,7 +309,7 @@ def evaluate_program(
 ) -> dict[str, Any]:
     """Accuracy of a program's trained weights (RUN/final.safetensors, or `weights`) on `data`.
 
-    Words and labels are numbered, and images normalised, by the data.json beside the weights.
+    Words and labels are numbered, and images normalised, by the data_facts.json beside the weights.
 
     devices: the stages run one after another on these; "auto": GPUs where there are any.
     exit_rule: samples leave early, as in `Trainer.evaluate`.
@@ -320,7 +320,7 @@ def evaluate_program(
     Raises:
         ProgramError: the program or its weights are missing or damaged, or those of its own run
             are of another plan; with an exit_rule, those of its exits, these are of another step;
-            for texts data.json.
+            for texts data_facts.json.
         DataError: the data do not fit; a text has a label that the run did not know.
         MethodError: the exit_rule is none, or the method has one exit; there is no such amp.
     """

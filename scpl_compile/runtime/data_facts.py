@@ -2,10 +2,10 @@
 
 ::
 
-    RUN/data.json   words    ["film", "good", …]   of texts: their numbers are 2, 3, …
-                    labels   ["neg", "pos"]        of texts and folders of images: classes 0, 1, …
-                    mean     [0.286]               of images, per channel in 0 … 1
-                    std      [0.353]
+    RUN/data_facts.json   words    ["film", "good", …]   of texts: their numbers are 2, 3, …
+                          labels   ["neg", "pos"]        of texts and folders: classes 0, 1, …
+                          mean     [0.286]               of images, per channel in 0 … 1
+                          std      [0.353]
 
 A model knows words and classes by their numbers alone. Numbered by another file, the same text is
 another one to it, as an image is that is shifted by another mean. So whatever is done with trained
@@ -22,7 +22,7 @@ from scpl_compile.json_form import from_json
 
 __all__ = ["DATA_FACTS", "FIRST_WORD", "OTHER_WORD", "DataFacts", "read_facts"]
 
-DATA_FACTS = "data.json"
+DATA_FACTS = "data_facts.json"
 """Its file in a run directory, beside the weights."""
 
 OTHER_WORD = 1
@@ -75,4 +75,6 @@ def read_facts(path: Path) -> DataFacts:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         return from_json(DataFacts, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, ProgramError) as error:
-        raise ProgramError(f"{path} is damaged ({error}); train again") from error
+        raise ProgramError(
+            f"{path} is damaged ({error}); put the one of the run there, or train again"
+        ) from error

@@ -3,7 +3,7 @@
 ::
 
     RUN/run.json            plan, options and versions
-        data.json           words, labels, mean and std of the data (data_facts.py)
+        data_facts.json     words, labels, mean and std of the data (data_facts.py)
         metrics.jsonl       a row per stage and step, one per log interval, and one per epoch
         tensorboard/        the same for TensorBoard
         trace.json          what the stages did in the last steps (trace.py)

@@ -94,7 +94,7 @@ def open_texts(path: Path, text: str, facts: Path, task: str = "single-label") -
 
 
 def kept(folder: Path, **changes: Any) -> Path:
-    path = folder / "data.json"
+    path = folder / "data_facts.json"
     facts = {"words": ["film", "good"], "labels": ["b", "a"], "mean": [], "std": [], **changes}
     path.write_text(json.dumps(facts))
     return path
@@ -108,7 +108,7 @@ def test_trained_weights_are_evaluated_by_the_numbers_of_their_run(
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "texts.csv"
     assert train(text_program, "--data", f"csv:{data}", "--run-dir", run, *OPTIONS).code == 0
-    words = json.loads((run / "data.json").read_text())
+    words = json.loads((run / "data_facts.json").read_text())
     assert words["labels"] == ["neg", "pos"]
     assert words["words"][:3] == ["film", "bad", "good"]
 
@@ -128,9 +128,9 @@ def test_trained_weights_are_evaluated_by_the_numbers_of_their_run(
         f"error: {only}, line 4: the model was trained without the label 'odd'; it knows 'neg', "
         "'pos'; mend the label, or leave the row out\n"
     )
-    (run / "data.json").unlink()  # as of an older run
+    (run / "data_facts.json").unlink()  # as of an older run
     refused = evaluate(data)
-    assert refused.exit_code == 1 and "run/data.json is missing" in refused.stderr
+    assert refused.exit_code == 1 and "run/data_facts.json is missing" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 
@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_by_the_numbers_it_began_with(
         assert train(text_program, *given).code == 0
     else:
         assert [one.code for one in train_ranks(text_program, *given)] == [0, 0]
-    words = (run / "data.json").read_bytes()
+    words = (run / "data_facts.json").read_bytes()
     weights = final(run)
     for name in ("result.json", "final.safetensors"):  # as if killed at the end
         (run / name).unlink()
@@ -164,7 +164,7 @@ def test_a_resumed_run_goes_by_the_numbers_it_began_with(
     else:
         ran = train_ranks(text_program, *given, "--resume")[0]
     assert "100.00 % on the test split after 40 steps" in ran.stderr
-    assert (run / "data.json").read_bytes() == words
+    assert (run / "data_facts.json").read_bytes() == words
     assert all(torch.equal(weights[name], value) for name, value in final(run).items())
 
 
@@ -172,17 +172,17 @@ def test_an_older_run_is_not_gone_on_with(text_program: Path, tmp_path: Path, tr
     run = tmp_path / "run"
     given = ("--data", f"csv:{tmp_path / 'texts.csv'}", "--run-dir", run, *OPTIONS)
     assert train(text_program, *given, "--save-every", 20).code == 0
-    for name in ("result.json", "data.json"):
+    for name in ("result.json", "data_facts.json"):
         (run / name).unlink()
     ran = train(text_program, *given, "--resume")
     assert ran.code == 1
-    assert ran.stderr.startswith(f"error: {run / 'data.json'} is missing")
+    assert ran.stderr.startswith(f"error: {run / 'data_facts.json'} is missing")
 
 
 def test_tensors_leave_nothing_to_be_kept(text_program: Path, tmp_path: Path, train: Train) -> None:
     given = ("--data", "random:40", "--steps", 1, "--batch-size", 16, "--run-dir", tmp_path / "run")
     assert train(text_program, *given).code == 0
-    assert not (tmp_path / "run" / "data.json").exists()
+    assert not (tmp_path / "run" / "data_facts.json").exists()
 
 
 # ---------------------------------------------------------------------- images
@@ -206,7 +206,7 @@ def test_images_are_normalised_and_numbered_as_they_were_trained(
     given = ("--run-dir", tmp_path / "run", "--batch-size", 8, "--epochs", 12, "--lr", 0.02)
     trained = write_images(tmp_path / "trained", {"black": 0, "grey": 120, "white": 240})
     assert train(program, "--data", f"imagefolder:{trained}", *given).code == 0
-    facts = json.loads((tmp_path / "run" / "data.json").read_text())
+    facts = json.loads((tmp_path / "run" / "data_facts.json").read_text())
     assert facts["labels"] == ["black", "grey", "white"] and facts["words"] == []
     assert facts["mean"] == pytest.approx([(120 + 3.5) / 255])
     others = write_images(tmp_path / "others", {"white": 240, "grey": 120})
@@ -221,7 +221,7 @@ def test_images_are_normalised_and_numbered_as_they_were_trained(
         "pink is no class that is trained (black, grey, white)\n"
     )
     (tmp_path / "others" / "test" / "pink").rmdir()
-    (tmp_path / "run" / "data.json").unlink()  # as of weights from elsewhere
+    (tmp_path / "run" / "data_facts.json").unlink()  # as of weights from elsewhere
     assert told(evaluate(others))["accuracy"] < 1.0
 
 
@@ -255,7 +255,7 @@ def test_several_labels_have_the_columns_of_the_vocabulary(tmp_path: Path) -> No
 def test_a_vocabulary_that_is_too_large_for_the_model_is_told(tmp_path: Path) -> None:
     words = kept(tmp_path, words=list("abcdefg"))
     assert len(open_texts(tmp_path / "a.csv", "text,label\na,a\n", words).train) == 1
-    with pytest.raises(DataError, match=r"data\.json has 8 words, and the model .* below 9"):
+    with pytest.raises(DataError, match=r"data_facts\.json has 8 words, and the model .* below 9"):
         open_texts(tmp_path / "a.csv", "text,label\na,a\n", kept(tmp_path, words=list("abcdefgh")))
 
 
@@ -283,12 +283,12 @@ def test_a_vocabulary_that_is_too_large_for_the_model_is_told(tmp_path: Path) ->
 def test_a_damaged_file_is_told(
     tmp_path: Path, content: bytes | dict[str, Any], message: str
 ) -> None:
-    path = tmp_path / "data.json"
+    path = tmp_path / "data_facts.json"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         kept(tmp_path, **content)
-    with pytest.raises(ProgramError, match=rf"data\.json is damaged \(.*{message}"):
+    with pytest.raises(ProgramError, match=rf"data_facts\.json is damaged \(.*{message}"):
         read_facts(path)
 
 

@@ -203,7 +203,7 @@ def test_texts(folder: Path, suffix: str) -> None:
 
 def test_facts(folder: Path) -> None:
     """That of a run, and texts that it numbers."""
-    data, path = folder / "a.csv", folder / "data.json"
+    data, path = folder / "a.csv", folder / "data_facts.json"
     data.write_text(ROWS)
     words = ["film", "good", '"', "é"]
     text = json.dumps({"words": words, "labels": ["neg", "pos"], "mean": [0.5], "std": [0.25]})

@@ -49,7 +49,7 @@ def test_a_run_prints_one_object_and_leaves_weights_and_metrics(
     assert ran.json["versions"] == versions()
     run = program / "run"
     assert sorted(p.name for p in run.iterdir()) == [
-        "data.json", "final.safetensors", "metrics.jsonl", "result.json", "run.json",
+        "data_facts.json", "final.safetensors", "metrics.jsonl", "result.json", "run.json",
     ]  # fmt: skip
     assert json.loads((run / "result.json").read_text()) == ran.json
     assert not (program / ".run.lock").exists()

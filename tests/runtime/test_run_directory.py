@@ -59,11 +59,11 @@ def test_what_was_learned_of_the_data_is_kept_with_the_run(tmp_path: Path) -> No
     facts = DataFacts(words=("film", "né", '"'), labels=("neg", "pos"))
     RunDirectory(tmp_path / "run", "digest", options()).begin(0, {}, facts)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert files == ["data.json", "run.json"]
-    assert read_facts(tmp_path / "run" / "data.json") == facts
+    assert files == ["data_facts.json", "run.json"]
+    assert read_facts(tmp_path / "run" / "data_facts.json") == facts
     Follower(None, None).begin(0, {}, facts)
     RunDirectory(tmp_path / "run", "digest", options(force=True)).begin(0, {})
-    assert not (tmp_path / "run" / "data.json").exists()
+    assert not (tmp_path / "run" / "data_facts.json").exists()
 
 
 def test_a_finished_run_gives_its_result_to_the_one_that_resumes(tmp_path: Path) -> None:
