@@ -1,6 +1,6 @@
 """What is trained: models with their data, methods, and how long."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "Task",
     "at_equal_time",
     "cases",
+    "once",
 ]
 
 
@@ -84,7 +85,9 @@ METHODS: Mapping[str, Candidate] = {
 WITH_EXITS: Mapping[str, Candidate] = {
     "scpl with exits": Candidate(method="dascpl", options={"detach_classifier": False}),
 }
-"""The default's losses, with an exit in every stage."""
+"""The default's losses, with an exit in every stage: the model is trained as by the default, to the
+last bit (tests/methods/test_dascpl.py), so one run answers for both.
+"""
 
 CONFIDENCES = tuple(
     f"confidence:{limit}"
@@ -182,6 +185,14 @@ def cases(group: Group, *, seeds: tuple[int, ...], is_full_width: bool) -> Itera
                         task=task, candidate=name, num_stages=num_stages, seed=seed,
                         epochs=TASKS[task].epochs, is_full_width=is_full_width,
                     )  # fmt: skip
+
+
+def once(wanted: Sequence[Case]) -> list[Case]:
+    """Without the default's runs that are also there with exits."""
+    return [
+        case for case in wanted
+        if case.candidate != "scpl" or replace(case, candidate="scpl with exits") not in wanted
+    ]  # fmt: skip
 
 
 def at_equal_time(case: Case, share: float) -> Case:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy import report  # noqa: E402
-from benchmarks.accuracy.cases import GROUPS, Case, at_equal_time, cases  # noqa: E402
+from benchmarks.accuracy.cases import GROUPS, Case, at_equal_time, cases, once  # noqa: E402
 from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E402
 from benchmarks.accuracy.training import cost_rows, train_rows  # noqa: E402
 from benchmarks.measure import read_rows, table, write_rows  # noqa: E402
@@ -62,7 +62,7 @@ def main() -> None:
     elif options.times:
         run_all(step_time_rows, [case for case in first if is_timed(case)], "step time", 1)
     else:
-        run_all(train_rows, wanted, "test accuracy", options.workers)
+        run_all(train_rows, once(wanted), "test accuracy", options.workers)
         run_all(train_rows, list(equal_time(wanted)), "test accuracy", options.workers)
 
 

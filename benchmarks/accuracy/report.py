@@ -47,10 +47,15 @@ class Figures:
         return cls(found)
 
     def get(self, task: str, k: int, budget: str, candidate: str, metric: str) -> Sequence[float]:
-        """One value per seed; bp, which does not depend on the cuts, from its two stages."""
+        """One value per seed; bp, which does not depend on the cuts, from its two stages, and the
+        default, where it was not trained alone, from its training with exits.
+        """
         stages = 2 if candidate == "bp" else k
         by_candidate = self.values.get((task, f"K={stages}", budget), {})
-        return by_candidate.get(candidate, {}).get(metric, ())
+        found = by_candidate.get(candidate, {}).get(metric, ())
+        if candidate == "scpl" and not found:
+            return by_candidate.get("scpl with exits", {}).get(metric, ())
+        return found
 
 
 def write(results: Path) -> None:
