@@ -73,11 +73,15 @@ class StepOptions:
         return value
 
     def arrange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`values` in the memory format in which the stage computes."""
+        """`values` in the memory format in which the stage computes.
+
+        Not `contiguous`: of one channel both formats are the same memory, it would keep the strides
+        of the other, and torch, which goes by them, would compute in that.
+        """
         if not self.channels_last:
             return values
         return {
-            name: value.contiguous(memory_format=torch.channels_last)
+            name: value.to(memory_format=torch.channels_last)
             if value.ndim == 4 and value.is_floating_point()
             else value
             for name, value in values.items()
@@ -91,4 +95,4 @@ class StepOptions:
         if self.channels_last:
             for parameter in module.parameters():
                 if parameter.ndim == 4 and parameter.is_floating_point():
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """Autocast and memory format of a stage, beside a plain loop that does the same."""
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_channels_last_is_what_a_plain_loop_in_it_does(amp: str) -> None:
     assert rows == expected_rows and same_tensors(module, expected)
     assert all(is_last for _, is_last in module.seen)
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_convolution_of_one_channel_computes_in_channels_last_too() -> None:
+    conv, x = nn.Conv2d(1, 8, 3), torch.randn(4, 1, 6, 6)
+    plain = copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    how = StepOptions(channels_last=True)
+    how.arrange_module(conv)
+    found, expected = conv(how.arrange({"x": x})["x"]), plain(x)
+    assert found.stride() == expected.stride() == (128, 1, 32, 8)
+    assert torch.equal(found, expected)
 
 
 def test_a_tensor_that_is_no_image_keeps_its_format() -> None:
