@@ -21,6 +21,7 @@ __all__ = [
     "Task",
     "at_equal_time",
     "cases",
+    "has_had_equal_time",
     "once",
 ]
 
@@ -193,6 +194,11 @@ def once(wanted: Sequence[Case]) -> list[Case]:
         case for case in wanted
         if case.candidate != "scpl" or replace(case, candidate="scpl with exits") not in wanted
     ]  # fmt: skip
+
+
+def has_had_equal_time(share: float) -> bool:
+    """Whether its run at equal epochs took as long as that of bp; share: of a step, over bp's."""
+    return abs(share - 1) < 0.01
 
 
 def at_equal_time(case: Case, share: float) -> Case:

@@ -24,7 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy import report  # noqa: E402
-from benchmarks.accuracy.cases import GROUPS, Case, at_equal_time, cases, once  # noqa: E402
+from benchmarks.accuracy.cases import (  # noqa: E402
+    GROUPS,
+    Case,
+    at_equal_time,
+    cases,
+    has_had_equal_time,
+    once,
+)
 from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E402
 from benchmarks.accuracy.training import cost_rows, train_rows  # noqa: E402
 from benchmarks.measure import read_rows, table, write_rows  # noqa: E402
@@ -76,7 +83,9 @@ def equal_time(wanted: Iterable[Case]) -> Iterator[Case]:
     rows = read_rows(RESULTS)
     for case in wanted:
         share = time_share(rows, case)
-        if share is not None and is_timed(case) and case.candidate != "bp":
+        if share is None or not is_timed(case) or case.candidate == "bp":
+            continue
+        if not has_had_equal_time(share):
             yield at_equal_time(case, share)
 
 

@@ -9,7 +9,15 @@ from statistics import mean, stdev
 
 import matplotlib
 
-from benchmarks.accuracy.cases import AGREEMENTS, CONFIDENCES, METHODS, TASKS, VARIANTS, WITH_EXITS
+from benchmarks.accuracy.cases import (
+    AGREEMENTS,
+    CONFIDENCES,
+    METHODS,
+    TASKS,
+    VARIANTS,
+    WITH_EXITS,
+    has_had_equal_time,
+)
 from benchmarks.measure import read_rows
 
 matplotlib.use("agg")
@@ -21,6 +29,7 @@ __all__ = ["write"]
 
 _TEST = "test accuracy"
 _VALIDATION = "validation accuracy"
+_SHARE = "step time over bp's"
 _MAY_LOSE = 0.3
 _SHOWN = 25.0
 """Points of accuracy that a picture shows at most; what lies below is in report.md."""
@@ -47,15 +56,21 @@ class Figures:
         return cls(found)
 
     def get(self, task: str, k: int, budget: str, candidate: str, metric: str) -> Sequence[float]:
-        """One value per seed; bp, which does not depend on the cuts, from its two stages, and the
-        default, where it was not trained alone, from its training with exits.
+        """One value per seed; of what was not trained by itself, that of the run that stands for it
+        (cases.py): bp does not depend on the cuts and has two stages, the default may have been
+        trained with exits, and a step as long as bp's leaves equal time at equal epochs.
         """
         stages = 2 if candidate == "bp" else k
         by_candidate = self.values.get((task, f"K={stages}", budget), {})
-        found = by_candidate.get(candidate, {}).get(metric, ())
-        if candidate == "scpl" and not found:
-            return by_candidate.get("scpl with exits", {}).get(metric, ())
-        return found
+        names = (candidate, "scpl with exits") if candidate == "scpl" else (candidate,)
+        for name in names:
+            if found := by_candidate.get(name, {}).get(metric, ()):
+                return found
+        if budget == "equal time":
+            share = self.get(task, k, "equal epochs", candidate, _SHARE)
+            if share and has_had_equal_time(share[0]):
+                return self.get(task, k, "equal epochs", candidate, metric)
+        return ()
 
 
 def write(results: Path) -> None:
@@ -127,9 +142,9 @@ def _cost_line(figures: Figures, task: str, name: str, k: int) -> list[str]:
     if None in (flops, whole, heads, model):
         return []
     assert flops and whole and model and heads is not None, "checked above"
-    share, memory, step = one("step time over bp's"), one("memory held"), one("peak memory")
+    share, memory, step = one(_SHARE), one("memory held"), one("peak memory")
     if name == "bp":
-        share = one("step time over bp's", "ddp")
+        share = one(_SHARE, "ddp")
     told = "" if share is None else f"{share:.2f}{' (ddp)' if name == 'bp' else ''}"
     added = f"+{100 * heads / model:.1f} % | {100 * (flops / whole - 1):+.1f} %"
     return [f"| {task} | {name} | {k} | {added} | {memory:.0f} + {step:.0f} | {told} |"]
@@ -180,7 +195,7 @@ def _wall_clock(figures: Figures, path: Path) -> None:
     for axis, task in zip(axes[0], tasks, strict=True):
         for color, name in enumerate(METHODS):
             curve = _curve(figures, task, 2, name)
-            shares = figures.get(task, 2, "equal epochs", name, "step time over bp's")
+            shares = figures.get(task, 2, "equal epochs", name, _SHARE)
             share = 1.0 if name == "bp" else next(iter(shares), None)
             if curve and share is not None:
                 times = [share * i for i in range(1, len(curve) + 1)]
