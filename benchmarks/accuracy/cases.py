@@ -56,8 +56,8 @@ _TEXTS: dict[str, Any] = {
 TASKS: Mapping[str, Task] = {
     "vgg8": Task(model="vgg8", width=32, full_width=128, **_IMAGES),
     "resnet18": Task(model="resnet18", width=16, full_width=64, **_IMAGES),
-    "lstm": Task(model="lstm", width=128, full_width=300, epochs=8, **_TEXTS),
-    "transformer": Task(model="transformer", width=128, full_width=300, epochs=4, **_TEXTS),
+    "lstm": Task(model="lstm", width=128, full_width=300, epochs=6, **_TEXTS),
+    "transformer": Task(model="transformer", width=128, full_width=300, epochs=3, **_TEXTS),
 }
 
 
