@@ -1,5 +1,6 @@
 """Running a model twice from one start, and comparing what the two runs gave."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -196,13 +197,16 @@ def compare_gradients(
     """The largest difference of a gradient relative to its norm.
 
     Raises:
-        VerifyError: it is too large, or a tensor has a gradient on one of the `sides` only.
+        VerifyError: it is too large, not finite, or there on one of the `sides` only.
     """
     if odd := sorted(actual.keys() ^ expected.keys()):
         raise VerifyError(f"{odd[0]!r} gets a gradient only in {sides[odd[0] in expected]}")
     largest = max((norm for norm, *_ in expected.values()), default=0.0)
     worst = 0.0
     for name, truth in expected.items():
+        for side, found in zip(sides[::-1], (truth, actual[name]), strict=True):
+            if not all(map(math.isfinite, found)):
+                raise VerifyError(f"the gradient of {name!r} is not finite in {side}")
         scale = max(truth[0], 1e-5 * largest, 1e-30)
         off = max(abs(a - b) for a, b in zip(actual[name], truth, strict=True)) / scale
         worst = max(worst, off)
