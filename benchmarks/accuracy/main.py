@@ -74,8 +74,9 @@ def main() -> None:
 
 
 def is_timed(case: Case) -> bool:
-    """Whether its steps are measured on two ranks."""
-    return case.num_stages == 2 and case.candidate in GROUPS["methods"].candidates
+    """Whether its steps are measured on two ranks; those of bp are, beside the default's."""
+    is_method = case.candidate in GROUPS["methods"].candidates and case.candidate != "bp"
+    return is_method and case.num_stages == 2
 
 
 def equal_time(wanted: Iterable[Case]) -> Iterator[Case]:
@@ -83,9 +84,7 @@ def equal_time(wanted: Iterable[Case]) -> Iterator[Case]:
     rows = read_rows(RESULTS)
     for case in wanted:
         share = time_share(rows, case)
-        if share is None or not is_timed(case) or case.candidate == "bp":
-            continue
-        if not has_had_equal_time(share):
+        if share is not None and is_timed(case) and not has_had_equal_time(share):
             yield at_equal_time(case, share)
 
 

@@ -17,20 +17,23 @@ _SHARE = "step time over bp's"
 
 
 def step_time_rows(case: Case) -> list[dict[str, object]]:
-    """Milliseconds per step of this method by `stream`, and over those of bp in the same run; for
-    bp itself those of `ddp`, too: the unsplit model on both ranks, half of the batch on each.
+    """Milliseconds per step of this method by `stream`, and over those of bp in the same run.
+
+    Beside the default also those of bp and of `ddp`, the unsplit model on both ranks with half of
+    the batch on each: the three are compared with each other, and so are of one run.
     """
     timed = _case(case)
-    names = ("bp", "ddp") if case.candidate == "bp" else ("stream", "bp")
+    is_default = case.candidate == "scpl"
+    names = ("stream", "bp", "ddp") if is_default else ("stream", "bp")
     with tempfile.TemporaryDirectory() as folder:
         programs = launch.compile_case(timed, Path(folder))
         short = launch.run_case(timed, programs, names, repeats=1)
         steps = max(2, round(_MS_PER_CALL / short["bp"].median_ms))
         stats = launch.run_case(replace(timed, steps=steps), programs, names, repeats=5)
     bp = stats["bp"].median_ms
-    found = {case.candidate: stats[names[0]]}
-    if case.candidate == "bp":
-        found["ddp"] = stats["ddp"]
+    found = {case.candidate: stats["stream"]}
+    if is_default:
+        found |= {name: stats[name] for name in ("bp", "ddp")}
     return [
         row
         for name, own in found.items()
@@ -60,7 +63,7 @@ def _case(case: Case) -> launch.Case:
         batch_size=chosen.batch_size or task.batch_size,
         steps=4,
         config={"width": task.full_width if case.is_full_width else task.width},
-        method="scpl" if chosen.method == "bp" else chosen.method,
+        method=chosen.method,
         preset=chosen.preset,
         options=chosen.options,
         trainer=task.trainer,
