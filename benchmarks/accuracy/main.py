@@ -29,7 +29,6 @@ from benchmarks.accuracy.cases import (  # noqa: E402
     Case,
     at_equal_time,
     cases,
-    has_had_equal_time,
     once,
 )
 from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E402
@@ -84,8 +83,8 @@ def equal_time(wanted: Iterable[Case]) -> Iterator[Case]:
     rows = read_rows(RESULTS)
     for case in wanted:
         share = time_share(rows, case)
-        if share is not None and is_timed(case) and not has_had_equal_time(share):
-            yield at_equal_time(case, share)
+        if share is not None and is_timed(case):
+            yield from at_equal_time(case, share)
 
 
 def run_all(work: Work, wanted: Iterable[Case], metric: str, workers: int) -> None:

@@ -13,6 +13,7 @@ from benchmarks.accuracy.cases import (
     AGREEMENTS,
     CONFIDENCES,
     METHODS,
+    SOONER,
     TASKS,
     VARIANTS,
     WITH_EXITS,
@@ -112,6 +113,10 @@ def _accuracies(figures: Figures) -> str:
             if any(found):
                 shown = " | ".join(map(_spread, found))
                 lines.append(f"| {task} | {name} | {shown} | {max(map(len, found))} |")
+    values = {task: figures.get(task, 2, SOONER, "scpl", _TEST) for task in TASKS}
+    sooner = [f"{task} {_spread(found)}" for task, found in values.items() if found]
+    if sooner:
+        lines += ["", f"The default in nine tenths of that time: {', '.join(sooner)}."]
     return "\n".join(lines)
 
 

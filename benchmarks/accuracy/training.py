@@ -88,7 +88,7 @@ def _exit_curve(trainer: Trainer, loader: Loader) -> list[tuple[str, float]]:
         curve = exit_curve(trainer, loader.evaluation(split), (*CONFIDENCES, *AGREEMENTS))
         for rule, (accuracy, compute) in curve.items():
             found.append((f"{split} accuracy, {rule}", accuracy))
-            if compute is not None:  # of text: it has operators that are not counted
+            if compute is not None:  # of the LSTM: it has an operator that is not counted
                 found.append((f"{split} compute, {rule}", compute))
     return found
 
