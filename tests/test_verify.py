@@ -304,6 +304,18 @@ def test_a_model_that_cannot_be_repeated_is_an_error() -> None:
         compiled(Net(OwnGenerator()), "first")
 
 
+class Logarithm(Inner):
+    """Gives NaN wherever its map is below zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).log()
+
+
+def test_a_model_that_gives_nan_is_told_as_that() -> None:
+    with pytest.raises(VerifyError, match=r"own output in eval mode .* has NaN on random"):
+        compiled(Net(Logarithm()), "first")
+
+
 # ---------------------------------------------------------------------- no trace
 
 

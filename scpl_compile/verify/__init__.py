@@ -230,6 +230,11 @@ class _Check:
                     with running("backward through the stages"):
                         weighted(output).backward()
         if worst > RTOL:
+            if truth.isnan().any():
+                raise VerifyError(
+                    f"the model's own output {place} has NaN on random inputs, so nothing can be "
+                    "compared; see to its weights, and to what its inputs may be"
+                )
             self._begin(training=training)
             raise self._difference(inputs, place, worst)
         figures, key = self.found.figures, f"forward_{'train' if training else 'eval'}"
