@@ -22,7 +22,6 @@ __all__ = [
     "Task",
     "at_equal_time",
     "cases",
-    "has_had_equal_time",
     "once",
 ]
 
@@ -198,17 +197,11 @@ def once(wanted: Sequence[Case]) -> list[Case]:
     ]  # fmt: skip
 
 
-def has_had_equal_time(share: float) -> bool:
-    """Whether its run at equal epochs took as long as that of bp; share: of a step, over bp's."""
-    return abs(share - 1) < 0.01
-
-
 def at_equal_time(case: Case, share: float) -> Iterator[Case]:
     """The same with as many epochs as fit; share: its step's time over that of bp. The default on
     images also in less time, in which it is to reach what bp reaches.
     """
     epochs = TASKS[case.task].epochs / share
-    if not has_had_equal_time(share):
-        yield replace(case, budget="equal time", epochs=epochs)
+    yield replace(case, budget="equal time", epochs=epochs)
     if case.candidate == "scpl" and case.task in _IMAGE_TASKS:
         yield replace(case, budget=SOONER, epochs=0.9 * epochs)

@@ -24,13 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy import report  # noqa: E402
-from benchmarks.accuracy.cases import (  # noqa: E402
-    GROUPS,
-    Case,
-    at_equal_time,
-    cases,
-    once,
-)
+from benchmarks.accuracy.cases import GROUPS, Case, at_equal_time, cases, once  # noqa: E402
 from benchmarks.accuracy.step_times import step_time_rows, time_share  # noqa: E402
 from benchmarks.accuracy.training import cost_rows, train_rows  # noqa: E402
 from benchmarks.measure import read_rows, table, write_rows  # noqa: E402

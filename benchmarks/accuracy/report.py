@@ -17,7 +17,6 @@ from benchmarks.accuracy.cases import (
     TASKS,
     VARIANTS,
     WITH_EXITS,
-    has_had_equal_time,
 )
 from benchmarks.measure import read_rows
 
@@ -58,8 +57,8 @@ class Figures:
 
     def get(self, task: str, k: int, budget: str, candidate: str, metric: str) -> Sequence[float]:
         """One value per seed; of what was not trained by itself, that of the run that stands for it
-        (cases.py): bp does not depend on the cuts and has two stages, the default may have been
-        trained with exits, and a step as long as bp's leaves equal time at equal epochs.
+        (cases.py): bp does not depend on the cuts and has two stages, and the default may have been
+        trained with exits.
         """
         stages = 2 if candidate == "bp" else k
         by_candidate = self.values.get((task, f"K={stages}", budget), {})
@@ -67,10 +66,6 @@ class Figures:
         for name in names:
             if found := by_candidate.get(name, {}).get(metric, ()):
                 return found
-        if budget == "equal time":
-            share = self.get(task, k, "equal epochs", candidate, _SHARE)
-            if share and has_had_equal_time(share[0]):
-                return self.get(task, k, "equal epochs", candidate, metric)
         return ()
 
 
